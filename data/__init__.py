@@ -1,0 +1,1 @@
+"""How public sources become record files: modules with `build(folder)` that the stages run."""

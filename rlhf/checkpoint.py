@@ -1,0 +1,243 @@
+"""Stage folders: what a stage leaves behind, who its parents were, and the state that resuming needs.
+
+    runs/<name>/<stage>/  model/  adapter/  stage.json (written last)  config.yaml  metrics.jsonl  state/step_N/
+
+Every file and folder appears by rename when it is complete, so a killed run leaves the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.checks import Check
+
+# Settings that may differ between a run and its continuation: they change no number.
+FREE_ON_RESUME = {"resume", "overwrite", "force", "show", "tracker", "keep_last", "log_steps"}
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An input of a stage: the key that named it, where it lay, and the hash of its weights or records."""
+
+    key: str
+    path: str
+    sha256: str
+
+
+class StageFolder:
+    """The folder of one stage of one run."""
+
+    def __init__(self, runs: str, name: str, stage: str) -> None:
+        self.path = Path(runs) / name / stage
+        self.stage = stage
+
+    @property
+    def model(self) -> Path:
+        """The complete model folder that others load."""
+        return self.path / "model"
+
+    def prepare(self, resolved_config: str, *, overwrite: bool, resume: bool) -> Path | None:
+        """Make the folder ready for a run and return the state to resume from, if any.
+
+        Raises ValueError where the stage is finished, was interrupted and nothing was said, or is resumed with settings
+        that differ from those it began with.
+        """
+        if overwrite:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if (self.path / "stage.json").exists():
+            raise ValueError(
+                f"stage {self.stage} is finished, its result lies in {self.path}; "
+                "overwrite=true runs it again, name=... starts another run"
+            )
+        state = self.latest_state()
+        if state is not None and not resume:
+            raise ValueError(
+                f"stage {self.stage} was interrupted at {state.relative_to(self.path)} ({self.path}); "
+                "resume=true goes on from there, overwrite=true starts again"
+            )
+        if state is not None:
+            _check_same_config(self.path / "config.yaml", resolved_config)
+        elif self.path.exists():
+            shutil.rmtree(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "config.yaml", resolved_config)
+        except OSError as error:
+            raise ValueError(f"cannot write to {self.path} ({error.strerror}); set runs= to another folder") from error
+        return state
+
+    def latest_state(self) -> Path | None:
+        """The newest complete state: step_N of this project, checkpoint-N of transformers' Trainer, or partial.jsonl."""
+        partial = self.path / "state" / "partial.jsonl"
+        if partial.exists():
+            return partial
+        folders = [
+            path
+            for path in (self.path / "state").glob("*[-_]*")
+            if _step(path) is not None and (path.name.startswith("step_") or (path / "trainer_state.json").exists())
+        ]
+        return max(folders, key=lambda path: _step(path) or 0, default=None)
+
+    @contextlib.contextmanager
+    def new_state(self, step: int, *, keep_last: int) -> Iterator[Path]:
+        """A folder to write the state of `step` into; it becomes state/step_N when the block ends well."""
+        final = self.path / "state" / f"step_{step}"
+        with new_folder(final) as folder:
+            yield folder
+        states = sorted((self.path / "state").glob("step_*"), key=lambda path: _step(path) or 0)
+        for old in states[: -max(keep_last, 1)]:
+            shutil.rmtree(old)
+
+    def drop_states(self) -> None:
+        """Delete what only an interrupted run needs."""
+        shutil.rmtree(self.path / "state", ignore_errors=True)
+
+    def finish(self, kind: str, *, parents: Sequence[Parent], checks: Sequence[Check], **facts: Any) -> dict[str, Any]:
+        """Write stage.json, which marks the stage as finished; `facts` are the stage's own results."""
+        record = {
+            "stage": self.stage,
+            "kind": kind,
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "parents": [asdict(parent) for parent in parents],
+            "checks": [asdict(check) for check in checks],
+            "versions": _versions(),
+            **facts,
+        }
+        if self.model.exists():
+            record["model_sha256"] = hash_weights(self.model)
+        write_text(self.path / "stage.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        return record
+
+
+def find_parent(key: str, path: str, *, kind: str, force: bool) -> Parent:
+    """Identify an input of a stage and refuse one that is unfinished, of another kind, or failed its own checks.
+
+    `kind` is "policy" or "reward_model". A hub name or a folder that no stage wrote is taken as it is.
+    """
+    folder = Path(path)
+    record_file = folder.parent / "stage.json"
+    if not folder.exists():
+        if (folder.parent / "config.yaml").exists() or path.startswith(("/", ".")):
+            state = "was not finished" if folder.parent.exists() else "has not been run"
+            raise FileNotFoundError(
+                f"{key}={path} does not exist: the stage that writes it {state}; "
+                f"run stage={folder.parent.name} first, or name another folder with {key}="
+            )
+        return Parent(key, path, "")
+    if not record_file.exists():
+        if (folder.parent / "config.yaml").exists():
+            raise FileNotFoundError(
+                f"{key}={path} was left half written: stage {folder.parent.name} did not finish; "
+                f"run stage={folder.parent.name} resume=true"
+            )
+        return Parent(key, path, hash_weights(folder) if folder.is_dir() else hash_file(folder))
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    if record["kind"] != kind:
+        raise ValueError(
+            f"{key}={path} was written by stage {record['stage']} and is a {record['kind'].replace('_', ' ')}; "
+            f"a {kind.replace('_', ' ')} is due here"
+        )
+    failed = [check for check in record["checks"] if not check["passed"]]
+    if failed and not force:
+        reasons = "; ".join(f"{check['name']}: {check['value']} ({check['meaning']})" for check in failed)
+        raise ValueError(f"{key}={path} failed its own checks: {reasons}. Mend it, or go on with force=true")
+    return Parent(key, path, record["model_sha256"] if folder.is_dir() else hash_file(folder))
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder that replaces `final` when the block ends well and vanishes otherwise."""
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except OSError as error:
+        raise ValueError(f"cannot write {final}: {error}; free the disk or set runs= to another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 over the weight files of a model folder, in order of their names."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("config.json"))
+    return _hash(files)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    return _hash([path])
+
+
+def save_model_folder(final: Path, save: Callable[[Path], None], card: str) -> None:
+    """Write a model folder by `save` with its model card, whole or not at all."""
+    with new_folder(final) as folder:
+        save(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _step(path: Path) -> int | None:
+    number = path.name.replace("-", "_").rsplit("_", 1)[-1]
+    return int(number) if number.isdigit() and path.name.startswith(("step_", "checkpoint-")) else None
+
+
+def _hash(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_same_config(path: Path, resolved_config: str) -> None:
+    before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = _flat(yaml.safe_load(resolved_config))
+    differing = sorted(
+        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
+    )
+    if differing:
+        changes = ", ".join(f"{key} ({before.get(key)} -> {now.get(key)})" for key in differing)
+        raise ValueError(
+            f"cannot resume {path.parent} with other settings: {changes}; "
+            "give the old ones, or start again with overwrite=true"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[library] = version(library)
+    return versions

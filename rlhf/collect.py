@@ -1,0 +1,115 @@
+"""Collecting ranked lists: K samples of the policy per prompt, ranked by a labeller's scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.engine import Engine
+from rlhf.metrics import progress
+from rlhf.records import PromptRecord, RankedList
+from rlhf.rewards import checked_scores
+from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.text import TextCodec
+
+
+def collect_ranked(  # noqa: PLR0913 (a policy with its text rules and device, prompts, a labeller, a file)
+    model: Any,
+    codec: TextCodec,
+    engine: Engine,
+    records: Sequence[PromptRecord],
+    labeller: Any,
+    partial: Path,
+    *,
+    decoding: Decoding,
+    samples_per_prompt: int,
+    batch_size: int,
+    seed: int,
+) -> list[RankedList]:
+    """Sample and rank responses, batch by batch; finished batches in `partial` are kept when a run is resumed.
+
+    The samples of a prompt depend on the seed and its place in `records` alone, so a resumed run collects the same lists.
+    """
+    prompts_per_batch = max(1, batch_size // samples_per_prompt)
+    done = _read_partial(partial)
+    starts = range(0, len(records), prompts_per_batch)
+    bar = progress(len(records), initial=min(len(done) * prompts_per_batch, len(records)), unit="prompt", description="collect")
+    with partial.open("a", encoding="utf-8") as stream:
+        for start in list(starts)[len(done) :]:
+            batch = records[start : start + prompts_per_batch]
+            uniforms = draw_uniforms(len(batch) * samples_per_prompt, decoding.max_new_tokens, seed * 1_000_003 + start)
+            rows = _sample_batch(model, codec, engine, batch, decoding, uniforms)
+            lists = [_ranked(record, codec, tokens, labeller) for record, tokens in zip(batch, rows, strict=True)]
+            stream.write(json.dumps([row for row in lists if row is not None]) + "\n")
+            stream.flush()
+            bar.update(len(batch))
+    bar.close()
+    return [_record(row, codec.fingerprint()) for rows in _read_partial(partial) for row in rows]
+
+
+def _sample_batch(
+    model: Any, codec: TextCodec, engine: Engine, batch: Sequence[PromptRecord], decoding: Decoding, uniforms: torch.Tensor
+) -> list[list[list[int]]]:
+    """Responses of each prompt of the batch, as token lists."""
+    times = len(uniforms) // len(batch)
+    prompts = [tokens for record in batch for tokens in [codec.encode_prompt(record.prompt)] * times]
+    with engine.autocast():
+        rollout = sample(
+            model,
+            prompts,
+            decoding,
+            eos_token_id=codec.eos_token_id,
+            pad_token_id=codec.pad_token_id,
+            uniforms=uniforms,
+        )
+    responses = rollout.responses()
+    return [responses[i : i + times] for i in range(0, len(responses), times)]
+
+
+def _ranked(
+    record: PromptRecord, codec: TextCodec, rows: Sequence[list[int]], labeller: Any
+) -> dict[str, Any] | None:
+    """A prompt's distinct non-empty responses with scores and ranks; None where fewer than two are left."""
+    responses = {codec.decode_response(tokens): tokens for tokens in rows}
+    responses.pop("", None)
+    texts = [text for text in responses if text.strip()]
+    if len(texts) < 2:
+        return None
+    scores = checked_scores(labeller, [record.prompt] * len(texts), texts).tolist()
+    order = sorted(set(scores), reverse=True)
+    return {
+        "prompt": record.prompt,
+        "responses": texts,
+        "scores": scores,
+        "ranks": [order.index(score) + 1 for score in scores],
+        "response_tokens": [responses[text] for text in texts],
+    }
+
+
+def _record(row: dict[str, Any], fingerprint: str) -> RankedList:
+    return RankedList(
+        prompt=row["prompt"],
+        responses=tuple(row["responses"]),
+        ranks=tuple(row["ranks"]),
+        scores=tuple(row["scores"]),
+        response_tokens=tuple(tuple(tokens) for tokens in row["response_tokens"]),
+        tokenizer=fingerprint,
+    )
+
+
+def _read_partial(partial: Path) -> list[list[dict[str, Any]]]:
+    """The complete lines of a partial file; a line that a kill cut short is removed from it."""
+    return list(_complete_lines(partial)) if partial.exists() else []
+
+
+def _complete_lines(partial: Path) -> Iterator[list[dict[str, Any]]]:
+    text = partial.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        partial.write_text(whole, encoding="utf-8")
+    for line in whole.splitlines():
+        yield json.loads(line)

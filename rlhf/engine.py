@@ -1,0 +1,96 @@
+"""Where the arithmetic happens: device, number type and autocast, chosen once and handed to everything that computes."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# Below this size a model gains nothing from bfloat16 on a processor and only loses digits.
+SMALLEST_BF16_MODEL = 20_000_000
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A device and the number type of matrix products on it; trained weights themselves stay in float32."""
+
+    device: torch.device
+    dtype: torch.dtype
+    micro_batch_size: int | None = None
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Matrix products in `dtype`; nothing happens in float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def micro_batches(self, num_rows: int) -> list[torch.Tensor]:
+        """Row indices cut into pieces of at most `micro_batch_size`."""
+        return list(torch.arange(num_rows).split(self.micro_batch_size or num_rows))
+
+
+def build_engine(settings: Any, num_parameters: int) -> Engine:
+    """Choose device and number type from `engine.device` and `engine.dtype`.
+
+    `auto` takes CUDA where there is one, and bfloat16 where the device computes it natively and the model has at least
+    20 million parameters.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"engine.device={name}, but this machine shows no CUDA device; use engine.device=cpu")
+    device = torch.device(name)
+    if settings.dtype == "auto":
+        use_bf16 = num_parameters >= SMALLEST_BF16_MODEL and has_native_bf16(device)
+        dtype = torch.bfloat16 if use_bf16 else torch.float32
+    else:
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+    return Engine(device, dtype, settings.micro_batch_size)
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every random generator that this project or its libraries draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator, made of tensors and plain values only."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put every random generator back to a state of `random_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

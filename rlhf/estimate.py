@@ -1,0 +1,205 @@
+"""What a stage will need, from a model's config.json alone: parameters, memory and tokens to process.
+
+Letters: P longest prompt, R longest response, L = P + R tokens. Everything is an upper bound of the order of
+magnitude: sequences are counted at full length, memory without the libraries' own (about 0.5 GiB).
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import cache_dir
+from rlhf.settings import PPOConfig, StageConfig
+
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
+FROZEN_BYTES = {"none": 4.0, "nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with its scales
+TRAINED_BYTES = 16.0  # weight, gradient and the two moments of Adam, float32
+# Frozen models in memory. With adapters, ppo has two: of policy and reference, and of critic and reward.
+ADAPTER_BASES = {"sft": 1, "rm": 1, "ppo": 2}
+FULL_BASES = {"sft": 0, "collect": 1, "rm": 0, "ppo": 2, "evaluate": 3}
+LIST_LENGTH = 4  # responses per ranked list, where the data is not there to be counted
+EMBEDDED = {"smollm2": "models/smollm2-135m-instruct", "tiny": "models/tiny-gpt2-bytes"}
+SMOLLM2 = {  # known before its first download
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that decide a decoder's parameter count."""
+
+    layers: int
+    hidden: int
+    attention: int  # heads x head size, of the queries
+    key_value: int  # heads x head size, of the keys
+    inner: int
+    vocab: int
+    positions: int  # learned position embeddings, 0 where there are none
+    gated: bool
+    tied: bool
+
+    @property
+    def linear(self) -> int:
+        """Weights of the linear layers inside the blocks."""
+        attention = 2 * self.hidden * (self.attention + self.key_value)
+        return self.layers * (attention + (3 if self.gated else 2) * self.hidden * self.inner)
+
+    @property
+    def embedding(self) -> int:
+        return self.hidden * (self.vocab * (1 if self.tied else 2) + self.positions)
+
+    @property
+    def parameters(self) -> int:
+        """All weights, biases and norms (below 1%) left out."""
+        return self.linear + self.embedding
+
+    def lora_parameters(self, rank: int) -> int:
+        """Weights of rank-`rank` adapters on every linear layer: r (in + out) each."""
+        ends = 4 * self.hidden + 2 * (self.attention + self.key_value)
+        return self.layers * rank * (ends + (3 if self.gated else 2) * (self.hidden + self.inner))
+
+
+def find_config(path: str) -> dict[str, Any] | None:
+    """Return a model's config.json from its folder, our cache or the hub's; None where there is none."""
+    if path in EMBEDDED:
+        folders = [cache_dir() / EMBEDDED[path]]
+    else:
+        home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+        hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{path.replace('/', '--')}"
+        folders = [Path(path).expanduser(), *sorted(hub.glob("snapshots/*"))]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return SMOLLM2 if path == "smollm2" else None
+
+
+def read_shape(config: dict[str, Any]) -> Shape | None:
+    """Return the sizes that a config.json states under its family's names, or None where it has none."""
+    config = {**config, **config.get("text_config", {})}
+
+    def first(*names: str) -> int:
+        return next((int(config[name]) for name in names if config.get(name)), 0)
+
+    hidden, layers = first("hidden_size", "n_embd"), first("num_hidden_layers", "n_layer")
+    heads, vocab = first("num_attention_heads", "n_head"), first("vocab_size")
+    if not (hidden and layers and heads and vocab):
+        return None
+    head_size = first("head_dim") or hidden // heads
+    family = config.get("model_type", "")
+    return Shape(
+        layers=layers,
+        hidden=hidden,
+        attention=heads * head_size,
+        key_value=(first("num_key_value_heads") or heads) * head_size,
+        inner=first("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
+        vocab=vocab,
+        positions=first("n_positions", "max_position_embeddings") if family in ("gpt2", "opt") else 0,
+        gated=family in GATED,
+        tied=bool(config.get("tie_word_embeddings", family != "gpt_neox")),
+    )
+
+
+def estimate(stage: str, config: Any) -> list[str]:
+    """Return the lines of the estimate that `show=true` prints."""
+    found = find_config(config.model.path)
+    shape = read_shape(found) if found else None
+    if shape is None:
+        why = (
+            "its config.json is not on this machine yet"
+            if not found
+            else "its config.json is of an unknown kind"
+        )
+        return [
+            f"model     {config.model.path}: {why}, so memory is unknown",
+            _work_line(stage, config, None),
+        ]
+    trained = _trained_parameters(stage, config, shape)
+    lines = [f"model     {_count(shape.parameters)} parameters, {_count(trained)} trained by this stage"]
+    parts = _memory(stage, config, shape)
+    together = f"{sum(parts.values()) / 2**30:.2f} GiB"
+    lines.append(
+        f"memory    about {together}: " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in parts.items())
+    )
+    return [*lines, _work_line(stage, config, shape)]
+
+
+def tokens_to_process(stage: str, config: Any) -> float | None:
+    """Return the work in forward-token units (a backward pass counts as 2), or None where it is open."""
+    prompt, response = config.data.max_prompt_tokens, config.data.max_response_tokens
+    if stage == "sft":
+        return None if config.examples is None else 3 * config.epochs * config.examples * config.max_length
+    if stage == "rm":
+        lists = config.data.budget.collect_prompts if config.data.ranked.train is None else None
+        return None if lists is None else 3 * config.epochs * lists * LIST_LENGTH * config.max_length
+    if stage == "ppo":
+        # sampling, then policy, reference, reward and value passes, then both trained models in every epoch
+        passes = 1 + 4 + 6 * config.epochs
+        return config.updates * config.batch_size * (prompt + response) * passes
+    if config.num_prompts is None:
+        return None
+    samples = config.samples_per_prompt if stage == "collect" else _samples_per_prompt(config.systems)
+    return 2 * config.num_prompts * samples * (prompt + response)  # sampled, then scored
+
+
+def _samples_per_prompt(systems: dict[str, Any]) -> int:
+    return sum(system.get("best_of", 1) if isinstance(system, dict) else 1 for system in systems.values())
+
+
+def _trained_parameters(stage: str, config: StageConfig, shape: Shape) -> int:
+    if stage in ("collect", "evaluate"):
+        return 0
+    one = shape.lora_parameters(config.adapter.r) if config.adapter.r else shape.parameters
+    return 2 * one if stage == "ppo" else one
+
+
+def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
+    """Return bytes by purpose."""
+    trains = stage in ("sft", "rm", "ppo")
+    adapted = trains and bool(config.adapter.r)
+    linear_bytes = FROZEN_BYTES[config.adapter.quantization] if adapted else 4.0
+    bases = ADAPTER_BASES[stage] if adapted else FULL_BASES[stage]
+    parts = {
+        "frozen weights": bases * (shape.linear * linear_bytes + shape.embedding * 4.0),
+        "trained weights": _trained_parameters(stage, config, shape) * TRAINED_BYTES,
+    }
+    number_bytes = 2 if config.engine.dtype == "bfloat16" else 4
+    rows = config.batch_size * (LIST_LENGTH if stage == "rm" else 1)
+    tokens = rows * (config.data.max_prompt_tokens + config.data.max_response_tokens)
+    if trains:
+        micro_rows = min(config.engine.micro_batch_size or rows, rows)
+        micro_tokens = tokens * micro_rows / rows
+        kept = 1 if config.gradient_checkpointing else 12 + 4 * shape.inner / shape.hidden
+        parts["activations"] = micro_tokens * shape.layers * shape.hidden * kept * number_bytes
+        if stage != "rm":
+            parts["logits"] = micro_tokens * shape.vocab * (number_bytes + 8)
+    if isinstance(config, PPOConfig) or not trains:
+        parts["sampling cache"] = tokens * shape.layers * 2 * shape.key_value * number_bytes
+    return {name: value for name, value in parts.items() if value}
+
+
+def _work_line(stage: str, config: Any, shape: Shape | None) -> str:
+    tokens = tokens_to_process(stage, config)
+    if tokens is None:
+        return "work      open: as many examples as the data has"
+    line = f"work      at most {_count(tokens)} forward-token passes"
+    return f"{line}, {2 * shape.parameters * tokens / 1e12:,.1f} TFLOP" if shape else line
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,96 @@
+"""Where numbers go while a stage runs: metrics.jsonl, the tracker, and one progress line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class MetricLog:
+    """One JSON object a step in metrics.jsonl, and the same numbers in the tracker (tensorboard, wandb, trackio)."""
+
+    def __init__(self, folder: Path, tracker: str, *, run_name: str) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._tracker = _open_tracker(tracker, folder, run_name)
+
+    def write(self, step: int, metrics: dict[str, float], seconds: dict[str, float] | None = None) -> None:
+        """Append a step's metrics and hand them to the tracker, which alone sees `seconds`: they never repeat."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        if self._tracker is not None:
+            self._tracker.log(step, metrics | {f"seconds/{name}": value for name, value in (seconds or {}).items()})
+
+    def cut_after(self, step: int) -> None:
+        """Drop the lines after `step`, which a resumed run writes again."""
+        if self.path.exists():
+            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def close(self) -> None:
+        """Flush the tracker."""
+        if self._tracker is not None:
+            self._tracker.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Run:
+    """wandb and trackio share their verbs."""
+
+    def __init__(self, library: Any, run_name: str) -> None:
+        self.library = library
+        library.init(project="rlhf", name=run_name)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.library.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.library.finish()
+
+
+def _open_tracker(tracker: str, folder: Path, run_name: str) -> Any | None:
+    if tracker == "none":
+        return None
+    if tracker == "tensorboard":
+        return _TensorBoard(folder)
+    import importlib
+
+    try:
+        return _Run(importlib.import_module(tracker), run_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"tracker={tracker} needs the package {tracker}: pip install {tracker}") from error
+
+
+def progress(total: int, *, initial: int = 0, unit: str = "it", description: str = "") -> Any:
+    """A progress bar with throughput and time left; plain lines at wide intervals where there is no terminal."""
+    import sys
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit=unit,
+        desc=description,
+        dynamic_ncols=terminal,
+        mininterval=0.5 if terminal else 20.0,
+        smoothing=0.1,
+    )

@@ -1,0 +1,1 @@
+"""Models: loading, adapters, forward passes over rollouts, and the roles they play in PPO."""

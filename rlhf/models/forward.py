@@ -1,0 +1,84 @@
+"""Forward passes over rollouts: log-probs, values and scores at response positions only.
+
+B sequences, P prompt positions, R response positions, L = P + R, N real response tokens, H width, V vocabulary.
+Token t of a response is predicted by the hidden state just before it; this file holds the one shift by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.batches import Rollout, position_ids
+from rlhf.models.loading import head, logits_of, trunk
+from rlhf.numerics.logprobs import entropy, token_logprobs
+from rlhf.numerics.masked import last_true_index
+
+
+def hidden_states(model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    """Last hidden states (B, L, H) of tokens (B, L), positions counted over real tokens, padding on either side."""
+    output = trunk(model)(
+        input_ids=tokens,
+        attention_mask=attention_mask.long(),
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    )
+    return output.last_hidden_state
+
+
+def response_logprobs(model: Any, rollout: Rollout, *, temperature: float) -> Tensor:
+    """Log-probs (B, R) of the response tokens under `logits / temperature`, 0 off the response."""
+    logits = _response_logits(model, rollout)
+    tokens = rollout.response_tokens[rollout.response_mask]
+    return _scattered(token_logprobs(logits, tokens, temperature), rollout.response_mask)
+
+
+def response_logprobs_and_entropy(model: Any, rollout: Rollout, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs (B, R) as in `response_logprobs`, and the entropy (B, R) in nats of each token's distribution."""
+    logits = _response_logits(model, rollout)
+    tokens = rollout.response_tokens[rollout.response_mask]
+    with torch.no_grad():
+        entropies = entropy(logits.detach(), temperature)
+    logprobs = token_logprobs(logits, tokens, temperature)
+    return _scattered(logprobs, rollout.response_mask), _scattered(entropies, rollout.response_mask)
+
+
+def response_values(critic: Any, value_head: nn.Module, rollout: Rollout) -> Tensor:
+    """Values (B, R) in float32 of the states before each response token, 0 off the response."""
+    states = _states_before_response(hidden_states(critic, rollout.tokens, rollout.attention_mask), rollout)
+    return _scattered(_in_float32(value_head, states), rollout.response_mask)
+
+
+def last_states(model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    """Hidden states (B, H) in float32 at the last real token of each row, found by mask."""
+    hidden = hidden_states(model, tokens, attention_mask)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    return hidden[rows, last_true_index(attention_mask)].float()
+
+
+def sequence_scores(model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    """A reward model's scores (B,) in float32, read at the last real token."""
+    return _in_float32(head(model), last_states(model, tokens, attention_mask))
+
+
+def _response_logits(model: Any, rollout: Rollout) -> Tensor:
+    hidden = hidden_states(model, rollout.tokens, rollout.attention_mask)
+    return logits_of(model, _states_before_response(hidden, rollout))
+
+
+def _states_before_response(hidden: Tensor, rollout: Rollout) -> Tensor:
+    """Hidden states (N, H) from which the response tokens are predicted, rows after one another."""
+    before = hidden[:, rollout.prompt_length - 1 : -1]
+    return before[rollout.response_mask]
+
+
+def _in_float32(layer: nn.Module, states: Tensor) -> Tensor:
+    with torch.autocast(states.device.type, enabled=False):
+        return layer(states.float()).squeeze(-1)
+
+
+def _scattered(values: Tensor, mask: Tensor) -> Tensor:
+    """Put N values at the true positions of a (B, R) mask, zeros elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

@@ -1,0 +1,211 @@
+"""Loading models and tokenizers: number types, 4-bit and 8-bit weights, and refusal of the wrong kind by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+
+from transformers.utils import logging as transformers_logging
+
+from rlhf.engine import Engine
+from rlhf.text import TextCodec, prepare_tokenizer
+
+# The stages show one progress bar of their own.
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How weights are read: number type, quantization (none, nf4, int8), attention kernel, hub revision."""
+
+    dtype: torch.dtype = torch.float32
+    quantization: str = "none"
+    attention: str = "sdpa"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: torch.device = torch.device("cpu")
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`; only safetensors are read."""
+        arguments: dict[str, Any] = {
+            "dtype": self.dtype,
+            "attn_implementation": self.attention,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+            "use_safetensors": True,
+        }
+        if self.quantization == "nf4":
+            arguments["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=self.dtype,
+                llm_int8_skip_modules=["lm_head", "score"],
+            )
+        elif self.quantization == "int8":
+            arguments["quantization_config"] = BitsAndBytesConfig(
+                load_in_8bit=True, llm_int8_skip_modules=["lm_head", "score"]
+            )
+        if self.quantization != "none":
+            arguments["device_map"] = {"": self.device}
+        return arguments
+
+
+def load_options(model: Any, engine: Engine, *, trained: bool, quantization: str = "none") -> LoadOptions:
+    """Options from the `model` group: frozen weights in the engine's number type, trained ones in float32."""
+    return LoadOptions(
+        dtype=torch.float32 if trained else engine.dtype,
+        quantization=quantization,
+        attention=model.attention,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        device=engine.device,
+    )
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint's tokenizer with a pad token apart from EOS where the vocabulary has one."""
+    arguments = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
+    return prepare_tokenizer(tokenizer)
+
+
+def load_codec(path: str, data: Any, *, revision: str | None = None) -> TextCodec:
+    """A checkpoint's tokenizer behind the text rules of the `data` group."""
+    tokenizer = load_tokenizer(path, revision=revision)
+    return TextCodec(tokenizer, style=data.format, max_prompt_tokens=data.max_prompt_tokens)
+
+
+def load_causal_lm(path: str, options: LoadOptions, *, key: str = "policy") -> Any:
+    """Load a decoder language model with dropout off; a reward model is refused, naming the key."""
+    architecture = _architecture(path, options)
+    if "SequenceClassification" in architecture:
+        raise ValueError(f"{key}={path} is a reward model ({architecture}); a language model is due here")
+    model = AutoModelForCausalLM.from_pretrained(path, **options.arguments(), **_no_dropout(path, options))
+    _check_logits(model)
+    return _placed(model, options)
+
+
+def load_reward_model(path: str, options: LoadOptions, *, key: str = "reward.path") -> Any:
+    """Load a trained reward model (a sequence classifier with one score); anything else is refused."""
+    architecture = _architecture(path, options)
+    if "SequenceClassification" not in architecture:
+        raise ValueError(
+            f"{key}={path} is {architecture or 'not a transformers model'}, without a score head; "
+            "train a reward model from it with stage=rm and name that folder"
+        )
+    model, report = _load_classifier(path, options)
+    if report["missing_keys"]:
+        raise ValueError(f"{key}={path} has no weights for {sorted(report['missing_keys'])}; retrain it with stage=rm")
+    if model.config.num_labels != 1:
+        raise ValueError(f"{key}={path} gives {model.config.num_labels} labels; a reward model gives 1")
+    return _placed(model, options)
+
+
+def new_reward_model(path: str, options: LoadOptions) -> Any:
+    """Put a fresh score head, in float32, on the trunk of any decoder checkpoint."""
+    model, _ = _load_classifier(path, options)
+    model.score.to(torch.float32)
+    nn.init.normal_(model.score.weight, std=1.0 / (model.score.in_features + 1) ** 0.5)
+    return _placed(model, options)
+
+
+def trunk(model: Any) -> nn.Module:
+    """The transformer below the head, LoRA layers included; its output is the last hidden state (B, L, H)."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return inner.base_model
+
+
+def head(model: Any) -> nn.Module:
+    """The output layer: the vocabulary matrix of a language model, the score head of a reward model."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    return inner.score if hasattr(inner, "score") else inner.get_output_embeddings()
+
+
+def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Vocabulary scores (N, V) of hidden states (N, H), soft-capped where the family does so (Gemma 2)."""
+    assert hidden.dim() == 2, "a slice of a 3-D tensor makes torch copy the vocabulary matrix once per row"
+    logits = head(model)(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def num_parameters(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
+    """Parameters of a checkpoint, counted without reading its weights."""
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def same_tokenizer(path_a: str, path_b: str) -> bool:
+    """Whether two checkpoints turn text into the same tokens; tokens added behind the others (a pad) do not matter."""
+    vocabularies = [AutoTokenizer.from_pretrained(path).get_vocab() for path in (path_a, path_b)]
+    smaller, larger = sorted(vocabularies, key=len)
+    return smaller.items() <= larger.items()
+
+
+def _load_classifier(path: str, options: LoadOptions) -> tuple[Any, dict[str, Any]]:
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, output_loading_info=True, **options.arguments(), **_no_dropout(path, options)
+    )
+    model.config.problem_type = "regression"
+    return model, report
+
+
+def _architecture(path: str, options: LoadOptions) -> str:
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(
+                f"{folder} is no model folder: it has no config.json (is the stage that writes it finished?)"
+            )
+        if (folder.parent / "config.yaml").exists() and not (folder.parent / "stage.json").exists():
+            raise FileNotFoundError(f"{folder} was left half written: its stage did not finish; run it again")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return (config.get("architectures") or [""])[0]
+    if path.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"no model folder at {path}")
+    config = AutoConfig.from_pretrained(
+        path, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    return (config.architectures or [""])[0]
+
+
+def _no_dropout(path: str, options: LoadOptions) -> dict[str, float]:
+    """Every dropout rate that the configuration names, set to 0."""
+    config = AutoConfig.from_pretrained(
+        path, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    names = [name for name in config.to_dict() if "dropout" in name or name.endswith("pdrop")]
+    return {name: 0.0 for name in names if isinstance(getattr(config, name, None), float)}
+
+
+def _check_logits(model: Any) -> None:
+    """Refuse a family whose logits are not head(hidden): the log-probs of rollouts would be those of another model."""
+    tokens = torch.tensor([[1, 2, 3]], device=model.device)
+    with torch.no_grad():
+        expected = model(tokens).logits[0].float()
+        found = logits_of(model, trunk(model)(tokens).last_hidden_state[0]).float()
+    if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the output layer in a way not supported here; "
+            "use a family such as GPT-2, GPT-NeoX, Llama, Qwen, Gemma, Mistral or OPT"
+        )
+
+
+def _placed(model: Any, options: LoadOptions) -> Any:
+    model.config.use_cache = False
+    model.eval()
+    return model if options.quantization != "none" else model.to(options.device)

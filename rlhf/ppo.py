@@ -1,0 +1,202 @@
+"""Proximal policy optimization against a reward with a KL penalty to the SFT policy.
+
+B episodes, R response positions. Schulman et al. 2017, https://arxiv.org/abs/1707.06347; Ziegler et al. 2019,
+https://arxiv.org/abs/1909.08593. One update: sample, score, build the experience, learn from it for some epochs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.batches import Experience, Rollout
+from rlhf.engine import Engine
+from rlhf.models.roles import ActorCritic, Reference, adapters_merged
+from rlhf.numerics.advantages import gae, shaped_rewards
+from rlhf.numerics.kl import k1
+from rlhf.numerics.losses import policy_loss, value_loss
+from rlhf.numerics.masked import masked_mean, masked_sum, whiten
+from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.text import TextCodec
+from rlhf.training_state import permutation
+
+ADAM_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class MissingEos:
+    """What happens to the score of a response without EOS: `score` replaces it, `penalty` is taken off."""
+
+    score: float | None
+    penalty: float
+
+
+@torch.no_grad()
+def collect_rollout(
+    models: ActorCritic, prompts: Sequence[list[int]], codec: TextCodec, engine: Engine, *, decoding: Decoding, seed: int
+) -> Rollout:
+    """Sample one response per prompt from the policy, its adapter merged meanwhile."""
+    with engine.autocast(), adapters_merged(models.policy):
+        return sample(
+            models.policy,
+            list(prompts),
+            decoding,
+            eos_token_id=codec.eos_token_id,
+            pad_token_id=codec.pad_token_id,
+            uniforms=draw_uniforms(len(prompts), decoding.max_new_tokens, seed),
+        )
+
+
+def final_scores(scores: Tensor, rollout: Rollout, eos_token_id: int, missing: MissingEos) -> Tensor:
+    """Scores (B,) with the rule for responses without EOS applied, after any normalisation of the model's score."""
+    lengths = rollout.response_mask.sum(1, keepdim=True)
+    ended = rollout.response_tokens.gather(1, lengths - 1).squeeze(1) == eos_token_id
+    scores = scores.to(ended.device)
+    replaced = scores if missing.score is None else torch.full_like(scores, missing.score)
+    return torch.where(ended, scores, replaced - missing.penalty)
+
+
+@torch.no_grad()
+def build_experience(
+    models: ActorCritic, reference: Reference, rollout: Rollout, scores: Tensor, engine: Engine, *, config: Any, kl_coef: float
+) -> Experience:
+    """Score a rollout: old and reference log-probs, values, shaped rewards, advantages and returns.
+
+    Old log-probs come from the learner's own forward pass. Advantages are whitened over the whole batch.
+    """
+    logprobs, ref_logprobs, values = [], [], []
+    for index in engine.micro_batches(len(scores)):
+        piece = rollout.rows(index.to(rollout.tokens.device))
+        with engine.autocast():
+            parts = (
+                models.logprobs_and_entropy(piece, temperature=config.temperature)[0],
+                reference.logprobs(piece, temperature=config.temperature),
+                models.values(piece),
+            )
+        for target, part in zip((logprobs, ref_logprobs, values), parts, strict=True):
+            target.append(_widened(part, rollout.response_mask.shape[1]))
+    old, ref, value = torch.cat(logprobs), torch.cat(ref_logprobs), torch.cat(values)
+    mask = rollout.response_mask
+    rewards = shaped_rewards(old, ref, scores, mask, kl_coef)
+    advantages, returns = gae(rewards, value, mask, gamma=config.gae.gamma, lam=config.gae.lam)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    return Experience(rollout, old, ref, value, rewards, advantages, returns, scores)
+
+
+class Learner:
+    """The optimizer of policy and critic, and the epochs of minibatches that make one update."""
+
+    def __init__(self, models: ActorCritic, engine: Engine, config: Any) -> None:
+        self.models, self.engine, self.config = models, engine, config
+        groups = [
+            {"params": models.policy_parameters(), "lr": config.learning_rate},
+            {"params": models.critic_parameters(), "lr": config.critic_learning_rate},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, eps=ADAM_EPSILON, weight_decay=0.0)
+
+    def set_learning_rates(self, step: int) -> None:
+        """Linear warm-up over `warmup_updates`, then linear decay to 0 after the last update; `step` counts from 1."""
+        config = self.config
+        warm = min(1.0, step / max(config.warmup_updates, 1))
+        left = (config.updates - step + 1) / max(config.updates - config.warmup_updates, 1)
+        for group, rate in zip(
+            self.optimizer.param_groups, (config.learning_rate, config.critic_learning_rate), strict=True
+        ):
+            group["lr"] = rate * min(warm, left, 1.0)
+
+    def update(self, experience: Experience, *, step: int) -> dict[str, float]:
+        """Run epochs x minibatches optimizer steps on an experience and return the means of their metrics."""
+        config, history = self.config, []
+        self.set_learning_rates(step)
+        num_episodes = len(experience.scores)
+        for epoch in range(config.epochs):
+            order = torch.from_numpy(permutation(num_episodes, config.seed, step, epoch))
+            for rows in order.tensor_split(config.minibatches):
+                history.append(self.minibatch(experience.rows(rows.to(experience.scores.device))))
+            if config.approx_kl_stop is not None and history[-1]["approx_kl"] > config.approx_kl_stop:
+                break
+        metrics = {name: sum(each[name] for each in history) / len(history) for name in history[0]}
+        return metrics | {
+            "first_ratio": history[0]["ratio"],
+            "first_approx_kl": history[0]["approx_kl"],
+            "optimizer_steps": len(history),
+        }
+
+    def minibatch(self, batch: Experience) -> dict[str, float]:
+        """One optimizer step; its gradient does not depend on how the rows are cut into micro-batches."""
+        denominator = batch.rollout.response_mask.sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, float] = {}
+        for index in self.engine.micro_batches(len(batch.scores)):
+            piece = batch.rows(index.to(batch.scores.device))
+            for name, value in self.backward(piece, denominator).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        norms = {
+            "policy_grad_norm": torch.nn.utils.clip_grad_norm_(
+                self.models.policy_parameters(), self.config.clip.grad_norm
+            ),
+            "critic_grad_norm": torch.nn.utils.clip_grad_norm_(
+                self.models.critic_parameters(), self.config.clip.grad_norm
+            ),
+        }
+        totals |= {name: float(norm) for name, norm in norms.items()}
+        for name, value in totals.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{name} is {value}: the run stops before this step changes a weight. Lower learning_rate, raise "
+                    "kl.coef, or use engine.dtype=float32; the last checkpoint is good"
+                )
+        self.optimizer.step()
+        return totals
+
+    def backward(self, piece: Experience, denominator: Tensor) -> dict[str, Tensor]:
+        """Accumulate the gradients of policy and value loss of one micro-batch, each role's forward then backward."""
+        config, mask = self.config, piece.rollout.response_mask
+        with self.engine.autocast():
+            logprobs, entropies = self.models.logprobs_and_entropy(piece.rollout, temperature=config.temperature)
+        loss, metrics = policy_loss(
+            logprobs, piece.logprobs, piece.advantages, mask, clip=config.clip.policy, denominator=denominator
+        )
+        loss.backward()
+        with self.engine.autocast():
+            values = self.models.values(piece.rollout)
+        critic_loss = value_loss(
+            values, piece.values, piece.returns, mask, clip=config.clip.value, denominator=denominator
+        )
+        (config.value_coef * critic_loss).backward()
+        return {
+            "policy_loss": loss.detach(),
+            "value_loss": critic_loss.detach(),
+            "entropy": masked_mean(entropies, mask, denominator=denominator),
+            "ratio": metrics["ratio_mean"],
+            "approx_kl": metrics["approx_kl"],
+            "clip_fraction": metrics["clip_fraction"],
+        }
+
+
+def experience_metrics(experience: Experience, eos_token_id: int) -> dict[str, float]:
+    """What the rollout itself says: score, KL per sequence as trained on, length, share ended, value fit."""
+    mask = experience.rollout.response_mask
+    lengths = mask.sum(1)
+    last = experience.rollout.response_tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
+    errors = experience.returns - experience.values
+    variance = masked_mean((experience.returns - masked_mean(experience.returns, mask)).square(), mask)
+    return {
+        "score": float(experience.scores.mean()),
+        "score_std": float(experience.scores.std(correction=0)),
+        "kl": float(masked_sum(k1(experience.logprobs, experience.ref_logprobs), mask) / len(lengths)),
+        "reward": float(masked_sum(experience.rewards, mask) / len(lengths)),
+        "length": float(lengths.float().mean()),
+        "share_ended": float((last == eos_token_id).float().mean()),
+        "explained_variance": float(1 - masked_mean(errors.square(), mask) / variance.clamp(min=1e-8)),
+    }
+
+
+def _widened(values: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]))

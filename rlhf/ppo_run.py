@@ -1,0 +1,209 @@
+"""A PPO run from its first update to its last: prompts, reward, checks, metrics, samples and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.batches import Experience, Rollout
+from rlhf.checkpoint import StageFolder
+from rlhf.checks import Check, all_passed, print_checks
+from rlhf.engine import Engine
+from rlhf.metrics import MetricLog, progress
+from rlhf.models.adapters import uses_lora
+from rlhf.models.roles import Roles
+from rlhf.numerics.kl import AdaptiveKL, FixedKL
+from rlhf.ppo import Learner, MissingEos, build_experience, collect_rollout, experience_metrics, final_scores
+from rlhf.records import PromptRecord
+from rlhf.rewards import RewardModelScorer, build_scorer, score_samples
+from rlhf.sampling.sampler import Decoding
+from rlhf.text import TextCodec
+from rlhf.training_state import load_training_state, permutation, save_training_state
+
+NUM_SHOWN_SAMPLES = 4
+
+
+def build_reward(config: Any, engine: Engine, roles: Roles) -> Any:
+    """The reward's scorer; a LoRA critic that stands on the reward model's own trunk lends it."""
+    spec = config.reward
+    shares_trunk = uses_lora(config.adapter) and roles.critic_from_reward_model
+    if not (shares_trunk and spec["kind"] == "model" and spec["path"] == config.critic):
+        return build_scorer(spec, config, engine)
+    from rlhf.models.loading import load_codec
+
+    critic = roles.actor_critic.critic
+    codec = load_codec(config.critic, config.data)
+    return RewardModelScorer(critic, codec, engine, name=spec["path"], base_only=critic.disable_adapter)
+
+
+class PPORun:
+    """The loop over updates. `first` and `last` hold the metrics of the first and the latest update."""
+
+    def __init__(  # noqa: PLR0913 (the parts of a run)
+        self,
+        config: Any,
+        codec: TextCodec,
+        engine: Engine,
+        roles: Roles,
+        reward: Any,
+        prompts: Sequence[PromptRecord],
+        folder: StageFolder,
+    ) -> None:
+        self.config, self.codec, self.engine, self.folder = config, codec, engine, folder
+        self.models, self.reference, self.reward, self.prompts = roles.actor_critic, roles.reference, reward, prompts
+        self.learner = Learner(self.models, engine, config)
+        kl = config.kl
+        adaptive = kl.controller == "adaptive"
+        self.kl = AdaptiveKL(kl.coef, kl.target, kl.horizon) if adaptive else FixedKL(kl.coef)
+        self.decoding = Decoding(config.data.max_response_tokens, temperature=config.temperature)
+        self.missing_eos = MissingEos(config.missing_eos_score, config.missing_eos_penalty)
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+
+    def train(self, state: Path | None) -> list[Check]:
+        """Run all updates, or those after `state`; return the checks on the run."""
+        config = self.config
+        log = MetricLog(self.folder.path, config.tracker, run_name=f"{config.name}-ppo")
+        done = self.restore(state) if state else 0
+        log.cut_after(done)
+        bar = progress(config.updates * config.batch_size, initial=done * config.batch_size, unit="episode", description="ppo")
+        try:
+            for step in range(done + 1, config.updates + 1):
+                metrics, seconds = self.step(step)
+                log.write(step, metrics, seconds)
+                bar.update(config.batch_size)
+                bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("score", "kl", "length")})
+                done = step
+                if step % config.save_every == 0 and step < config.updates:
+                    self.save(step)
+        except KeyboardInterrupt:
+            self.save(done)
+            raise
+        finally:
+            bar.close()
+            log.close()
+        return self.checks()
+
+    def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
+        """One update: sample, score, build the experience, learn. Returns metrics and the seconds of its parts."""
+        config, started = self.config, time.perf_counter()
+        records = self.prompts_of(step)
+        tokens = [self.codec.encode_prompt(record.prompt) for record in records]
+        seed = config.seed * 1_000_003 + step
+        rollout = collect_rollout(self.models, tokens, self.codec, self.engine, decoding=self.decoding, seed=seed)
+        sampled = time.perf_counter()
+        scores = self.scores(records, rollout)
+        experience = build_experience(
+            self.models, self.reference, rollout, scores, self.engine, config=config, kl_coef=self.kl.coef
+        )
+        metrics = {"kl_coef": self.kl.coef, **experience_metrics(experience, self.codec.eos_token_id)}
+        scored = time.perf_counter()
+        if step == 1:
+            self.check_start(experience)
+        metrics |= self.learner.update(experience, step=step)
+        self.kl.update(metrics["kl"], episodes=len(records))
+        learned = time.perf_counter()
+        if step % config.sample_every == 0 or step in (1, config.updates):
+            self.write_samples(step, records, rollout, scores)
+        self.first = self.first or metrics
+        self.last = metrics
+        return metrics, {"sample": sampled - started, "score": scored - sampled, "learn": learned - scored}
+
+    def prompts_of(self, step: int) -> list[PromptRecord]:
+        """The prompts of an update: the data in an order drawn anew for each pass through it."""
+        size, total = self.config.batch_size, len(self.prompts)
+        positions = range((step - 1) * size, step * size)
+        orders = {p // total: permutation(total, self.config.seed, p // total) for p in positions}
+        return [self.prompts[int(orders[p // total][p % total])] for p in positions]
+
+    def scores(self, records: Sequence[PromptRecord], rollout: Rollout) -> Tensor:
+        """Scores (B,) of a rollout by the reward, with the rule for missing EOS applied."""
+        prompts = [record.prompt for record in records]
+        scores = score_samples(self.reward, self.codec, prompts, rollout)
+        return final_scores(scores.to(self.engine.device), rollout, self.codec.eos_token_id, self.missing_eos)
+
+    def check_start(self, experience: Experience) -> None:
+        """Before the first weight changes: KL 0 to the reference, a reward that differs, EOS where responses end."""
+        mask = experience.rollout.response_mask
+        difference = float((experience.logprobs - experience.ref_logprobs)[mask].abs().max())
+        tolerance = 1e-4 if self.engine.dtype == torch.float32 else 0.5
+        lengths = mask.sum(1)
+        eos = (experience.rollout.response_tokens == self.codec.eos_token_id) & mask
+        ends_at_eos = bool(((eos.sum(1) == 0) | ((eos.sum(1) == 1) & eos.gather(1, lengths.unsqueeze(1) - 1)[:, 0])).all())
+        checks = [
+            Check(
+                "policy equals reference at the start",
+                difference <= tolerance,
+                f"largest log-prob difference {difference:.1e}",
+                "the KL penalty must start at 0: is policy the SFT model itself?",
+            ),
+            Check(
+                "responses end at their first EOS",
+                ends_at_eos,
+                f"{float((eos.sum(1) == 1).float().mean()):.0%} ended",
+                "tokens after EOS would be scored and learned",
+            ),
+            Check(
+                "rewards differ",
+                float(experience.scores.std()) > 0,
+                f"standard deviation {float(experience.scores.std()):.3f}",
+                "one score for every response leaves nothing to learn",
+            ),
+        ]
+        print_checks(checks)
+        if not all_passed(checks) and not self.config.force:
+            raise ValueError("a check before the first update failed; mend its cause, or go on with force=true")
+
+    def checks(self) -> list[Check]:
+        """What the run says about itself; the comparison on unseen prompts is stage=evaluate's."""
+        ratio = abs(self.last["first_ratio"] - 1)
+        tolerance = 1e-5 if self.engine.dtype == torch.float32 else 0.02
+        return [
+            Check(
+                "first minibatch has ratio 1",
+                ratio < tolerance,
+                f"off by {ratio:.1e}",
+                "old log-probs must come from the weights that learn",
+            ),
+            Check(
+                "score rose",
+                self.last["score"] > self.first["score"],
+                f"{self.first['score']:.2f} to {self.last['score']:.2f} at KL {self.last['kl']:.2f}",
+                "more updates, a higher learning_rate or a lower kl.coef",
+            ),
+        ]
+
+    def write_samples(self, step: int, records: Sequence[PromptRecord], rollout: Rollout, scores: Tensor) -> None:
+        """Append a few samples of this update to samples.jsonl."""
+        with (self.folder.path / "samples.jsonl").open("a", encoding="utf-8") as stream:
+            rows = list(zip(records, rollout.responses(), scores.tolist(), strict=True))[:NUM_SHOWN_SAMPLES]
+            for record, tokens, score in rows:
+                row = {
+                    "step": step,
+                    "prompt": record.prompt,
+                    "response": self.codec.decode_response(tokens),
+                    "score": round(score, 4),
+                }
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def save(self, step: int) -> None:
+        """Write the state after `step`."""
+        if step == 0:
+            return
+        values = {"step": step, "kl": self.kl.state_dict(), "first": self.first, "last": self.last}
+        with self.folder.new_state(step, keep_last=self.config.keep_last) as folder:
+            save_training_state(folder, self.models, self.learner.optimizer, values)
+
+    def restore(self, state: Path) -> int:
+        """Continue from a state; returns the number of updates it holds."""
+        values = load_training_state(state, self.models, self.learner.optimizer)
+        self.kl.load_state_dict(values["kl"])
+        self.first, self.last = values["first"], values["last"]
+        print(f"resuming after update {values['step']}", flush=True)
+        return int(values["step"])

@@ -1,0 +1,87 @@
+"""Rewards: what scores a response, from the `reward`, `labeller`, `proxy` or `gold` settings.
+
+A scorer is called with the texts of prompts and responses and returns one number each; the reward model reads tokens
+where its tokenizer is the policy's, and text otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf.batches import Rollout
+from rlhf.engine import Engine
+from rlhf.models.loading import load_codec, load_options, load_reward_model
+from rlhf.records import Prompt, make_sources, read_records
+from rlhf.rm import score_rows
+from rlhf.scorers import ClassifierScorer, FunctionScorer, WeightedSum
+from rlhf.text import TextCodec
+
+
+class RewardModelScorer:
+    """A trained reward model as a scorer of texts or, with the policy's tokenizer, of tokens.
+
+    `base_only` is entered around each pass; with LoRA it turns off the critic's adapter on the shared trunk.
+    """
+
+    def __init__(
+        self, model: Any, codec: TextCodec, engine: Engine, *, name: str, base_only: Any = contextlib.nullcontext
+    ) -> None:
+        self.model, self.codec, self.engine, self.name, self.base_only = model, codec, engine, name, base_only
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """Scores of texts; the response is encoded as in the reward model's training, EOS appended."""
+        rows = [
+            self.codec.encode_prompt(prompt) + self.codec.encode_response(response)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        return self.score_tokens(rows)
+
+    def score_tokens(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Scores of prompt + response tokens, read at the last one."""
+        with self.base_only():
+            scores = score_rows(self.model, rows, pad_token_id=self.codec.pad_token_id, engine=self.engine)
+        return scores.float().cpu().tolist()
+
+
+def build_scorer(spec: dict[str, Any], config: Any, engine: Engine) -> Any:
+    """Build the scorer that a spec names: {kind: model|classifier|function|sum, ...}."""
+    kind = spec["kind"]
+    if kind == "model":
+        model = load_reward_model(spec["path"], load_options(config.model, engine, trained=False))
+        return RewardModelScorer(model, load_codec(spec["path"], config.data), engine, name=spec["path"])
+    if kind == "classifier":
+        if spec.get("train") is None:
+            raise ValueError(
+                f"data={config.data.name} has no labelled texts to train a classifier on; "
+                "set data.labelled, or rank with a function or a reward model"
+            )
+        records = read_records(make_sources(spec["train"]), "labelled", on_bad_row=config.data.on_bad_row).records
+        return ClassifierScorer(records, kind=spec.get("classifier") or "tfidf_logistic")
+    if kind == "function":
+        return FunctionScorer(spec["function"])
+    return WeightedSum([(part["weight"], build_scorer(part, config, engine)) for part in spec["parts"]])
+
+
+def checked_scores(scorer: Any, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
+    """Scores (B,) in float32; a score that is not finite stops with the scorer's name and the response."""
+    scores = torch.tensor(scorer(prompts, responses), dtype=torch.float32)
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{scorer.name} gave {scores[bad[0]].item()} for the response {responses[bad[0]][:80]!r}")
+    return scores
+
+
+def score_samples(scorer: Any, codec: TextCodec, prompts: Sequence[Prompt], rollout: Rollout) -> torch.Tensor:
+    """Scores (B,) of a rollout. A reward model with the policy's vocabulary reads the sampled tokens themselves."""
+    if isinstance(scorer, WeightedSum):
+        parts = [weight * score_samples(part, codec, prompts, rollout) for weight, part in scorer.parts]
+        return torch.stack(parts).sum(0)
+    if isinstance(scorer, RewardModelScorer) and scorer.codec.fingerprint() == codec.fingerprint():
+        rows = [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens, rollout.attention_mask, strict=True)]
+        return torch.tensor(scorer.score_tokens(rows))
+    texts = [codec.decode_response(tokens) for tokens in rollout.responses()]
+    return checked_scores(scorer, prompts, texts)

@@ -1,0 +1,267 @@
+"""The reward model: Bradley-Terry over ranked lists, on any decoder checkpoint with a score head.
+
+N responses of a batch (a prompt's responses together), L tokens, H width. Responses end with EOS as the policy's do; the
+score is read at the last real token by mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from rlhf.checkpoint import StageFolder
+from rlhf.engine import Engine
+from rlhf.metrics import MetricLog
+from rlhf.models.adapters import add_lora, uses_lora
+from rlhf.models.forward import last_states, sequence_scores
+from rlhf.models.loading import head, load_causal_lm, load_options, new_reward_model, same_tokenizer
+from rlhf.numerics.ranking import ranking_loss
+from rlhf.records import RankedList
+from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.text import TextCodec
+from rlhf.training import attach_log, trainer_arguments
+
+# A batch of scores is computed for at most this many tokens at a time.
+TOKENS_PER_SCORING_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class RankedRow:
+    """A tokenized ranked list: prompt + response tokens of each response, ranks (1 = best), grades for margins."""
+
+    tokens: list[list[int]]
+    ranks: list[int]
+    grades: list[float] | None
+
+
+@dataclass(frozen=True)
+class TokenizedLists:
+    """Rows to train on, the records they came from, and how many prompts were cut and responses left out."""
+
+    rows: list[RankedRow]
+    records: list[RankedList]
+    num_cut_prompts: int
+    num_long_responses: int
+
+
+def tokenize(records: Sequence[RankedList], codec: TextCodec, max_length: int) -> TokenizedLists:
+    """Encode ranked lists. A prompt loses its start where it does not fit; a response that is too long is left out whole.
+
+    Records written by `collect` with this tokenizer bring their sampled tokens along, and these are taken.
+    """
+    fingerprint = codec.fingerprint()
+    rows, kept, num_cut, num_long = [], [], 0, 0
+    for record in records:
+        prompt = codec.encode_prompt(record.prompt)
+        own_tokens = record.response_tokens if record.tokenizer == fingerprint else None
+        tokens, fitting, cut = [], [], False
+        for index, text in enumerate(record.responses):
+            response = list(own_tokens[index]) if own_tokens else codec.encode_response(text)
+            if len(response) >= max_length:
+                num_long += 1
+                continue
+            room = max_length - len(response)
+            cut |= len(prompt) > room
+            tokens.append(prompt[-room:] + response)
+            fitting.append(index)
+        num_cut += cut
+        ranks = [record.ranks[i] for i in fitting]
+        if len(set(ranks)) > 1:
+            grades = [record.scores[i] for i in fitting] if record.scores else None
+            rows.append(RankedRow(tokens, ranks, grades))
+            kept.append(
+                RankedList(
+                    record.prompt,
+                    tuple(record.responses[i] for i in fitting),
+                    tuple(ranks),
+                    tuple(grades) if grades else None,
+                )
+            )
+    return TokenizedLists(rows, kept, num_cut, num_long)
+
+
+def collate(rows: Sequence[RankedRow], pad_token_id: int) -> dict[str, Tensor]:
+    """Flatten ranked lists to a batch of N responses padded on the right to L tokens, with prompt_index and ranks (N,)."""
+    flat = [tokens for row in rows for tokens in row.tokens]
+    tokens, mask = right_pad(flat, pad_token_id)
+    grades = [grade for row in rows for grade in (row.grades or [0.0] * len(row.ranks))]
+    return {
+        "tokens": tokens,
+        "attention_mask": mask,
+        "prompt_index": torch.tensor([i for i, row in enumerate(rows) for _ in row.tokens]),
+        "ranks": torch.tensor([rank for row in rows for rank in row.ranks]),
+        "grades": torch.tensor(grades, dtype=torch.float32),
+    }
+
+
+def right_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Pad token lists on the right: tokens (N, L) and their boolean mask."""
+    width = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    return tokens, torch.arange(width) < lengths.unsqueeze(1)
+
+
+class RankingTrainer(Trainer):
+    """transformers' Trainer with the loss over ranked lists, averaged over the prompts of the whole optimizer step."""
+
+    def __init__(self, *, label_smoothing: float, centering: float, margin: bool, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.model_accepts_loss_kwargs = True
+        self.loss_options = {"label_smoothing": label_smoothing, "centering": centering}
+        self.margin = margin
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimizer step and the number of prompts in them."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(int(batch["prompt_index"].max()) + 1 for batch in batches)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum of the prompts' losses over the number of prompts in the step."""
+        scores = sequence_scores(model, inputs["tokens"], inputs["attention_mask"])
+        loss, num_prompts = ranking_loss(
+            scores,
+            inputs["prompt_index"],
+            inputs["ranks"],
+            margin=inputs["grades"] if self.margin else None,
+            **self.loss_options,
+        )
+        loss = loss / (num_items_in_batch or num_prompts)
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+
+class RewardTraining:
+    """One reward-model run: a score head on a trunk, the ranked lists, and the trainer."""
+
+    def __init__(
+        self, config: Any, codec: TextCodec, engine: Engine, rows: Sequence[RankedRow], folder: StageFolder
+    ) -> None:
+        self.config, self.codec, self.engine = config, codec, engine
+        lora = uses_lora(config.adapter)
+        options = load_options(config.model, engine, trained=not lora, quantization=config.adapter.quantization)
+        self.model = new_reward_model(config.base, options)
+        if lora:
+            self.model = add_lora(self.model, config.adapter, task="SEQ_CLS")
+        if config.margin and any(row.grades is None for row in rows):
+            raise ValueError("margin=true needs scores in every ranked record; set margin=false")
+        self.log = MetricLog(folder.path, config.tracker, run_name=f"{config.name}-rm")
+        self.trainer = RankingTrainer(
+            model=self.model,
+            args=TrainingArguments(**trainer_arguments(config, folder, engine, len(rows))),
+            train_dataset=list(rows),
+            data_collator=lambda batch: collate(batch, codec.pad_token_id),
+            label_smoothing=config.label_smoothing,
+            centering=config.centering,
+            margin=config.margin,
+        )
+        attach_log(self.trainer, self.log, "rm")
+
+    def train(self, state: Path | None) -> None:
+        """Train, from `state` on where given."""
+        self.trainer.train(resume_from_checkpoint=str(state) if state else None)
+        self.model.eval()
+
+
+def calibration_rows(config: Any, codec: TextCodec, engine: Engine, lists: TokenizedLists) -> list[list[int]]:
+    """Prompt + response tokens whose scores get mean 0 and variance 1: samples of `calibration_policy`, else the lists'."""
+    if config.calibration_policy is None:
+        return [tokens for row in lists.rows for tokens in row.tokens]
+    model = load_causal_lm(config.calibration_policy, load_options(config.model, engine, trained=False))
+    if not same_tokenizer(config.calibration_policy, config.base):
+        raise ValueError("calibration_policy has another tokenizer than base; set calibration_policy=null")
+    times = -(-config.calibration_prompts // len(lists.records))
+    records = (lists.records * times)[: config.calibration_prompts]
+    prompts = [codec.encode_prompt(record.prompt) for record in records]
+    decoding = Decoding(config.data.max_response_tokens)
+    with engine.autocast():
+        rollout = sample(
+            model,
+            prompts,
+            decoding,
+            eos_token_id=codec.eos_token_id,
+            pad_token_id=codec.pad_token_id,
+            uniforms=draw_uniforms(len(prompts), decoding.max_new_tokens, config.seed),
+        )
+    return [prompt + response for prompt, response in zip(prompts, rollout.responses(), strict=True)]
+
+
+def prepare_for_saving(model: Any, codec: TextCodec) -> Any:
+    """Make plain AutoModelForSequenceClassification read the score where we do: pad must not be EOS. Returns the tokenizer.
+
+    Where the vocabulary has no free special token a pad token is added behind it.
+    """
+    tokenizer = codec.tokenizer
+    if tokenizer.pad_token_id == codec.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+@torch.no_grad()
+def score_rows(model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int, engine: Engine) -> Tensor:
+    """Scores (N,) of token lists, in batches of like length."""
+    return _in_batches(sequence_scores, model, rows, pad_token_id=pad_token_id, engine=engine)
+
+
+@torch.no_grad()
+def calibrate(model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int, engine: Engine) -> dict[str, float]:
+    """Fold gain and bias into the score head so that the scores of `rows` have mean 0 and variance 1.
+
+    The head has no bias, so the shift goes along the direction in which hidden states vary least relative to their mean,
+    delta = -mean * S^-1 m / (m' S^-1 m) with m and S mean and (shrunken) covariance of the states. Returns the mean and
+    standard deviation before, and the correlation of the scores before and after.
+    """
+    states = _in_batches(last_states, model, rows, pad_token_id=pad_token_id, engine=engine).double()
+    layer = head(model)
+    layer = layer.modules_to_save["default"] if hasattr(layer, "modules_to_save") else layer
+    weight = layer.weight.data
+    before = states @ weight[0].double()
+    centre = states.mean(0)
+    centred = states - centre
+    covariance = centred.T @ centred / len(states)
+    shrinkage = 0.1 * covariance.diagonal().mean() * torch.eye(len(centre), dtype=torch.float64, device=centre.device)
+    direction = torch.linalg.solve(covariance + shrinkage, centre)
+    shifted = weight[0].double() - before.mean() * direction / (centre @ direction)
+    after = states @ shifted
+    spread = after.std(correction=0)
+    if not spread > 1e-6:
+        raise ValueError("the reward model gives every sample the same score; train longer or raise learning_rate")
+    weight[0] = (shifted / spread).to(weight.dtype)
+    correlation = torch.corrcoef(torch.stack([before, after]))[0, 1]
+    return {
+        "mean_before": float(before.mean()),
+        "std_before": float(before.std(correction=0)),
+        "correlation": float(correlation),
+    }
+
+
+def _in_batches(
+    function: Any, model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int, engine: Engine
+) -> Tensor:
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    results: list[Tensor] = [torch.empty(0)] * len(rows)
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * len(rows[order[stop]]) <= TOKENS_PER_SCORING_BATCH:
+            stop += 1
+        batch = order[start:stop]
+        tokens, mask = right_pad([rows[i] for i in batch], pad_token_id)
+        with engine.autocast():
+            values = function(model, tokens.to(engine.device), mask.to(engine.device))
+        for i, value in zip(batch, values, strict=True):
+            results[i] = value
+        start = stop
+    return torch.stack(results)

@@ -1,0 +1,233 @@
+"""Rows out of one local file: a dict per row with the line it came from, before any meaning.
+
+A row that cannot be read is given as a `RowError` in its place, so that the reader decides whether to
+stop. What concerns a whole file (missing, empty, damaged) raises ValueError.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf.sources import nearest_existing
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+LIST_COLUMNS = ("messages", "responses", "ranks", "scores", "response_tokens", "conversations", "instances")
+
+Row = dict[str, Any]
+
+
+class RowError(ValueError):
+    """A row that does not fit: the key, what is wrong with it, and what to do."""
+
+    def __init__(self, key: str, problem: str):
+        super().__init__(f"{key}: {problem}" if key else problem)
+
+
+Place = tuple[str, "Row | RowError"]
+
+
+def file_rows(path: Path) -> Iterator[Place]:
+    """Yield (place, row or RowError) of a local file; the place is path:line, as text editors count."""
+    name = path.name.lower()
+    if not path.exists():
+        raise ValueError(f"{path}: no such file{nearest_existing(path)}")
+    if not name.endswith(SUFFIXES):
+        raise ValueError(f"{path}: unknown kind of file; data files end in {', '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty; give a file with at least one row")
+    if name.endswith(".parquet"):
+        yield from _parquet_rows(path)
+        return
+    kind = name.removesuffix(".gz").rsplit(".", 1)[-1]
+    reader = {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows}[kind]
+    opener = gzip.open if name.endswith(".gz") else open
+    found = False
+    try:
+        with opener(path, "rb") as file:
+            for line, row in reader(file):
+                found = True
+                yield f"{path}:{line}", row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"{path}: the gzip data are cut short or damaged ({error}); fetch the file again"
+        ) from error
+    if not found:
+        raise ValueError(f"{path}: the file is empty; give a file with at least one row")
+
+
+def _jsonl_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
+    for number, raw in enumerate(file, start=1):
+        try:
+            line = _decode(raw, first=number == 1)
+        except RowError as error:
+            yield number, error
+            continue
+        if line.strip():
+            yield number, _parse(line)
+
+
+def _json_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
+    """Read a list of objects, each at the line where it begins; one object per line is fine too."""
+    raw = file.read()
+    try:
+        text = _decode(raw, first=True)
+    except RowError as error:
+        yield _line_of_bad_bytes(raw), error
+        return
+    if not text.lstrip().startswith("["):
+        yield from _jsonl_rows(io.BytesIO(raw))
+        return
+    decoder = json.JSONDecoder()
+    position, line, seen = text.index("[") + 1, 1, 0
+    while True:
+        position = _skip(text, position)
+        if text[position : position + 1] in ("]", ""):
+            break
+        line += text.count("\n", seen, position)
+        seen = position
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            yield error.lineno, RowError("", f"not valid JSON ({error.msg}, column {error.colno})")
+            return
+        except RecursionError:
+            yield line, RowError("", "not valid JSON (nested too deep)")
+            return
+        yield line, value if isinstance(value, dict) else _not_an_object(value)
+    if position >= len(text):
+        yield text.count("\n") + 1, RowError("", "not valid JSON (the list has no end)")
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n,":
+        position += 1
+    return position
+
+
+def _csv_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
+    raw = file.read()
+    try:
+        text = _decode(raw, first=True)
+    except RowError as error:
+        yield _line_of_bad_bytes(raw), error
+        return
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    begins = 1
+    try:
+        for cells in reader:
+            line, begins = begins, reader.line_num + 1
+            if header is None:
+                header = cells
+            elif cells:
+                yield line, _csv_row(header, cells)
+    except csv.Error as error:
+        yield reader.line_num, RowError("", f"not valid CSV ({error})")
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Row | RowError:
+    if len(cells) != len(header):
+        return RowError(
+            "", f"{len(cells)} cells, but the header names {len(header)} columns; quote cells with commas"
+        )
+    row: Row = dict(zip(header, cells, strict=True))
+    for key in LIST_COLUMNS:
+        if row.get(key):
+            try:
+                row[key] = json.loads(row[key])
+            except json.JSONDecodeError:
+                return RowError(key, f"{shorten(row[key])} is not a JSON list; write for instance [1, 2]")
+        elif key in row:
+            del row[key]
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[Place]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            if file.metadata.num_rows == 0:
+                raise ValueError(f"{path}: the file is empty; give a file with at least one row")
+            number = 0
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path}: not a readable parquet file ({first_line(error)}); write it again"
+        ) from error
+
+
+def check_text(value: Any, name: str) -> str:
+    """Return `value` if it is a text that is not empty. Raises RowError with `name` otherwise."""
+    if not isinstance(value, str):
+        raise RowError(name, f"{shorten(value)} is of type {type(value).__name__}; text is expected")
+    if not value.strip():
+        raise RowError(name, "empty; some text is expected")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(
+            name, "holds half of a surrogate pair, which is no character; write it as UTF-8"
+        ) from None
+    return value
+
+
+def shorten(value: Any, length: int = 60) -> str:
+    """Return `value` as it is shown in an error: its repr, cut to `length` characters."""
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 4] + " ..."
+
+
+def _decode(raw: bytes, *, first: bool) -> str:
+    try:
+        return raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        byte = raw[error.start]
+        raise RowError(
+            "", f"not UTF-8 (byte 0x{byte:02x} at {error.start}); save the file as UTF-8"
+        ) from None
+
+
+def _line_of_bad_bytes(raw: bytes) -> int:
+    return next(number for number, line in enumerate(raw.split(b"\n"), start=1) if not _is_utf8(line))
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _parse(line: str) -> Row | RowError:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        return RowError(
+            "", f"not valid JSON ({error.msg}, column {error.colno}); one object per line is expected"
+        )
+    except RecursionError:
+        return RowError("", "not valid JSON (nested too deep); one object per line is expected")
+    return value if isinstance(value, dict) else _not_an_object(value)
+
+
+def _not_an_object(value: Any) -> RowError:
+    return RowError("", f"a row is an object with keys, not {shorten(value)}")
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

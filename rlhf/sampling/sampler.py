@@ -1,0 +1,153 @@
+"""The rollout sampler: one decode loop for training and evaluation.
+
+B sequences, P prompt positions, R response positions, V vocabulary. A row that has ended leaves the batch and the cache.
+The randomness of a row is a row of uniform numbers drawn beforehand, so the tokens do not depend on how rows are batched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from rlhf.batches import PromptBatch, Rollout, join, left_pad, position_ids
+from rlhf.models.loading import logits_of, trunk
+
+# Copying the cache costs about as much as a step saves once this share of its rows has ended.
+SHARE_ENDED_BEFORE_DROP = 0.1
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen. `repetition_penalty` sees the response only (Keskar et al. 2019)."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    greedy: bool = False
+    repetition_penalty: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        limits = (
+            ("max_response_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, self.temperature > 0, "above 0; greedy decoding is decoding=greedy"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+        )
+        for name, value, right, remedy in limits:
+            if not right:
+                raise ValueError(f"{name}={value}: it must be {remedy}")
+
+
+def draw_uniforms(num_rows: int, max_new_tokens: int, seed: int) -> Tensor:
+    """Uniform numbers (B, R) in [0, 1), float64: all the randomness of a rollout."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num_rows, max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def sample(
+    model: Any, prompts: list[list[int]], decoding: Decoding, *, eos_token_id: int, pad_token_id: int, uniforms: Tensor
+) -> Rollout:
+    """Sample one response to each prompt.
+
+    `prompts` are token lists, `uniforms` is (B, R). A response ends with its first EOS or is cut at `max_new_tokens`.
+    """
+    assert uniforms.shape == (len(prompts), decoding.max_new_tokens), uniforms.shape
+    batch = left_pad(prompts, pad_token_id, device=model.device)
+    responses: list[list[int]] = [[] for _ in prompts]
+    loop = _Loop(model, batch)
+    uniforms = uniforms.to(model.device)
+    for step in range(decoding.max_new_tokens):
+        logits = loop.next_logits()
+        chosen = choose_tokens(logits, uniforms[loop.rows, step], decoding, [responses[r] for r in loop.rows.tolist()])
+        ended = chosen == eos_token_id
+        for row, token in zip(loop.rows.tolist(), chosen.tolist(), strict=True):
+            if not responses[row] or responses[row][-1] != eos_token_id:
+                responses[row].append(token)
+        loop.advance(chosen, ended)
+        if loop.all_ended():
+            break
+    return join(batch, responses, pad_token_id)
+
+
+def choose_tokens(logits: Tensor, uniforms: Tensor, decoding: Decoding, responses: list[list[int]]) -> Tensor:
+    """Choose the next tokens (B,) from logits (B, V): arg-max, or inversion of the cumulative distribution at `uniforms`."""
+    logits = logits.float()
+    if decoding.repetition_penalty != 1.0:
+        logits = penalise_repetition(logits, responses, decoding.repetition_penalty)
+    if decoding.greedy:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(_truncated(logits / decoding.temperature, decoding), dim=-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def penalise_repetition(logits: Tensor, responses: list[list[int]], penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits (B, V) of tokens already in the response by `penalty`.
+
+    Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1
+    """
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, tokens in enumerate(responses):
+        seen[row, tokens] = True
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def _truncated(logits: Tensor, decoding: Decoding) -> Tensor:
+    """Logits with all but the `top_k` likeliest, or the nucleus of mass `top_p`, at minus infinity."""
+    if decoding.top_k:
+        floor = logits.topk(min(decoding.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if decoding.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        outside = probabilities.cumsum(-1) - probabilities >= decoding.top_p
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    return logits
+
+
+class _Loop:
+    """The rows that still generate: their cache, attention mask and last tokens."""
+
+    def __init__(self, model: Any, prompts: PromptBatch) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+        self.inputs = prompts.tokens
+        self.mask = prompts.attention_mask
+        self.positions = position_ids(prompts.attention_mask)
+        self.rows = torch.arange(len(prompts.tokens), device=prompts.tokens.device)
+        self.ended = torch.zeros_like(self.rows, dtype=torch.bool)
+
+    def next_logits(self) -> Tensor:
+        """Logits (B, V) of the last position."""
+        output = trunk(self.model)(
+            input_ids=self.inputs,
+            attention_mask=self.mask.long(),
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return logits_of(self.model, output.last_hidden_state[:, -1].contiguous())
+
+    def advance(self, tokens: Tensor, ended: Tensor) -> None:
+        """Append the chosen tokens; drop ended rows once there are enough of them."""
+        self.ended |= ended
+        self.inputs = tokens.unsqueeze(-1)
+        self.positions = self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+        if float(self.ended.float().mean()) >= SHARE_ENDED_BEFORE_DROP and not self.all_ended():
+            keep = (~self.ended).nonzero().squeeze(-1)
+            self.cache.batch_select_indices(keep)
+            self.inputs, self.positions, self.mask = self.inputs[keep], self.positions[keep], self.mask[keep]
+            self.rows, self.ended = self.rows[keep], self.ended[keep]
+
+    def all_ended(self) -> bool:
+        """Whether no row generates any more."""
+        return bool(self.ended.all())

@@ -1,0 +1,247 @@
+"""The settings of every stage: which keys there are and of which type.
+
+The values stand in configs/*.yaml; no field here has a default. Free-form parts (a data source, a scorer, the
+systems to compare) are typed Any or dict: strings or mappings that `rlhf.validation` checks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class LearningRates:
+    sft: float
+    rm: float
+    ppo: float
+
+
+@dataclass
+class Model:
+    name: str
+    path: str
+    revision: str | None
+    trust_remote_code: bool
+    attention: str
+    system_prompt: str | None
+    learning_rate: LearningRates
+
+
+@dataclass
+class Adapter:
+    name: str
+    quantization: str
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: Any
+    learning_rate: LearningRates
+
+
+@dataclass
+class Engine:
+    name: str
+    device: str
+    dtype: str
+    micro_batch_size: int | None
+    threads: int | None
+
+
+@dataclass
+class Split:
+    """Two sources: a path, or a mapping with the fields of a Source, or a list of these, or null."""
+
+    train: Any
+    eval: Any
+
+
+@dataclass
+class PromptSources:
+    collect: Any
+    ppo: Any
+    evaluate: Any
+
+
+@dataclass
+class LabelledSources:
+    labeller: Any
+    gold: Any
+
+
+@dataclass
+class Budget:
+    sft_epochs: float
+    sft_examples: int | None
+    collect_prompts: int | None
+    rm_epochs: float
+    ppo_updates: int
+    ppo_batch_size: int
+    evaluate_prompts: int | None
+
+
+@dataclass
+class Data:
+    name: str
+    build: str | None
+    folder: str | None
+    format: str
+    max_prompt_tokens: int
+    max_response_tokens: int
+    on_bad_row: str
+    demonstrations: Split
+    ranked: Split
+    prompts: PromptSources
+    labelled: LabelledSources
+    budget: Budget
+
+
+@dataclass
+class Decoding:
+    name: str
+    greedy: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+
+
+@dataclass
+class KL:
+    controller: str
+    coef: float
+    target: float
+    horizon: int
+
+
+@dataclass
+class GAE:
+    gamma: float
+    lam: float
+
+
+@dataclass
+class Clip:
+    policy: float
+    value: float
+    grad_norm: float
+
+
+@dataclass
+class StageConfig:
+    """What every stage has."""
+
+    name: str
+    runs: str
+    seed: int
+    overwrite: bool
+    resume: bool
+    force: bool
+    show: bool
+    tracker: str
+    model: Model
+    data: Data
+    adapter: Adapter
+    engine: Engine
+
+
+@dataclass
+class SFTConfig(StageConfig):
+    policy: str
+    epochs: float
+    examples: int | None
+    batch_size: int
+    learning_rate: float
+    warmup_ratio: float
+    weight_decay: float
+    max_length: int
+    packing: bool
+    eval_examples: int
+    num_samples: int
+    gradient_checkpointing: bool
+    keep_last: int
+    log_steps: int
+    save_steps: int
+
+
+@dataclass
+class CollectConfig(StageConfig):
+    policy: str
+    labeller: dict[str, Any]
+    num_prompts: int | None
+    samples_per_prompt: int
+    batch_size: int
+    decoding: Decoding
+
+
+@dataclass
+class RMConfig(StageConfig):
+    base: str
+    ranked: Split
+    eval_fraction: float
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    warmup_ratio: float
+    weight_decay: float
+    max_length: int
+    label_smoothing: float
+    centering: float
+    margin: bool
+    calibration_policy: str | None
+    calibration_prompts: int
+    gradient_checkpointing: bool
+    keep_last: int
+    log_steps: int
+    save_steps: int
+
+
+@dataclass
+class PPOConfig(StageConfig):
+    policy: str
+    critic: str
+    reward: dict[str, Any]
+    updates: int
+    batch_size: int
+    epochs: int
+    minibatches: int
+    learning_rate: float
+    critic_learning_rate: float
+    warmup_updates: int
+    kl: KL
+    gae: GAE
+    clip: Clip
+    value_coef: float
+    missing_eos_score: float | None
+    missing_eos_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    whiten_advantages: bool
+    approx_kl_stop: float | None
+    gradient_checkpointing: bool
+    save_every: int
+    keep_last: int
+    sample_every: int
+
+
+@dataclass
+class EvaluateConfig(StageConfig):
+    systems: dict[str, Any]
+    baseline: str | None
+    reference: str | None
+    num_prompts: int | None
+    batch_size: int
+    decoding: Decoding
+    reward: dict[str, Any]
+    proxy: dict[str, Any] | None
+    gold: dict[str, Any] | None
+    bootstrap: int
+    num_samples: int
+
+
+STAGE_CONFIGS: dict[str, type[StageConfig]] = {
+    "sft": SFTConfig,
+    "collect": CollectConfig,
+    "rm": RMConfig,
+    "ppo": PPOConfig,
+    "evaluate": EvaluateConfig,
+}

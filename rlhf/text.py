@@ -1,0 +1,214 @@
+"""The one place where text becomes tokens and back.
+
+A prompt (a string, or messages with roles) becomes tokens through the tokenizer's chat template or as plain text; a
+response is always encoded apart from its prompt, after a fixed anchor, so that the same response has the same tokens in
+SFT, in the reward model and in a rollout whatever precedes it. Lengths count tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.records import Prompt
+
+# Sentence-piece tokenizers put a space before the first word of a text; behind this anchor nothing is added or merged.
+ANCHOR = "\n"
+PLAIN_ROLES = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant:\n"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of a whole conversation; `loss_mask` is true on the assistant's tokens, EOS included."""
+
+    tokens: list[int]
+    loss_mask: list[bool]
+
+
+class TextCodec:
+    """Text to tokens and back for one tokenizer.
+
+    `style` is "chat" (the tokenizer's template), "plain", or "auto": chat where the tokenizer has a template.
+    Prompts longer than `max_prompt_tokens` lose their start and are counted in `num_cut_prompts`; responses are never
+    cut here.
+    """
+
+    def __init__(self, tokenizer: Any, *, style: str = "auto", max_prompt_tokens: int | None = None) -> None:
+        if style == "chat" and not tokenizer.chat_template:
+            raise ValueError(
+                f"data.format=chat, but the tokenizer of {tokenizer.name_or_path} has no chat template; "
+                "use data.format=plain"
+            )
+        self.tokenizer = tokenizer
+        self.uses_chat = style == "chat" or (style == "auto" and bool(tokenizer.chat_template))
+        self.max_prompt_tokens = max_prompt_tokens
+        self.num_prompts = 0
+        self.num_cut_prompts = 0
+        self._anchor = self._ids(ANCHOR) if _is_sentence_piece(tokenizer) else []
+        self._bos = [tokenizer.bos_token_id] if _wants_bos(tokenizer) else []
+        self.pad_token_id: int = tokenizer.pad_token_id
+        self.eos_token_id: int = self._end_of_turn() if self.uses_chat else tokenizer.eos_token_id
+
+    # Prompts ------------------------------------------------------------------------------------------------------
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """Render a prompt as the text that the model continues."""
+        if isinstance(prompt, str) and not self.uses_chat:
+            return prompt
+        messages = _messages(prompt)
+        if self.uses_chat:
+            return self._render(messages, add_generation_prompt=True)
+        return _plain_text(messages) + PLAIN_ROLES["assistant"]
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Tokens of a prompt, its start cut off where it is longer than `max_prompt_tokens`."""
+        tokens = self._with_bos(self.prompt_text(prompt))
+        self.num_prompts += 1
+        if self.max_prompt_tokens and len(tokens) > self.max_prompt_tokens:
+            self.num_cut_prompts += 1
+            kept_bos = self._bos if tokens[: len(self._bos)] == self._bos else []
+            tokens = kept_bos + tokens[len(tokens) - self.max_prompt_tokens + len(kept_bos) :]
+        return tokens
+
+    def share_of_cut_prompts(self) -> float:
+        """Share of the prompts encoded so far whose start was cut."""
+        return self.num_cut_prompts / max(self.num_prompts, 1)
+
+    # Responses ----------------------------------------------------------------------------------------------------
+
+    def encode_response(self, text: str, *, add_eos: bool = True) -> list[int]:
+        """Tokens of a response, the same after any prompt, with EOS as a finished sample has it."""
+        tokens = self._ids((ANCHOR if self._anchor else "") + text)
+        assert tokens[: len(self._anchor)] == self._anchor, f"the tokenizer merges {ANCHOR!r} with {text[:20]!r}"
+        return tokens[len(self._anchor) :] + ([self.eos_token_id] if add_eos else [])
+
+    def decode_response(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens: up to the first EOS, special tokens dropped, leading space kept."""
+        ids = list(tokens)
+        if self.eos_token_id in ids:
+            ids = ids[: ids.index(self.eos_token_id)]
+        decode = self.tokenizer.decode
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return decode(self._anchor + ids, **options)[len(decode(self._anchor, **options)) :]
+
+    def fingerprint(self) -> str:
+        """A hash of the vocabulary: equal fingerprints mean that token ids stand for the same text."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+    # Conversations ------------------------------------------------------------------------------------------------
+
+    def encode_conversation(self, prompt: Prompt, response: str) -> Encoded:
+        """Tokens of a demonstration with every assistant turn, the earlier ones included, in the loss."""
+        if isinstance(prompt, str) and not self.uses_chat:
+            return _joined([(self.encode_prompt(prompt), False), (self.encode_response(response), True)])
+        messages = [*_messages(prompt), {"role": "assistant", "content": response}]
+        pieces: list[tuple[list[int], bool]] = []
+        done = ""
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.prompt_text(messages[:turn])
+            if not before.startswith(done):
+                # A template that rewrites earlier turns cannot be learned turn by turn: only the last one counts.
+                pieces, done = [], ""
+            context = before[len(done) :]
+            content, after = self._split_turn(messages[: turn + 1], before)
+            pieces.append((self.encode_response(context, add_eos=False) if done else self._with_bos(context), False))
+            pieces.append((self.encode_response(content), True))
+            done = before + content + after
+        self.num_prompts += 1
+        return _joined(pieces)
+
+    def _split_turn(self, messages: list[dict[str, str]], before: str) -> tuple[str, str]:
+        """The assistant's text as the template renders it, and the end-of-turn text that stands for EOS."""
+        content = messages[-1]["content"]
+        if not self.uses_chat:
+            return content, ""
+        whole = self._render(messages, add_generation_prompt=False)
+        if not whole.startswith(before):
+            return content, ""
+        rest = whole[len(before) :]
+        if not rest.startswith(content):
+            content = content.strip()
+        after = rest[len(content) :] if rest.startswith(content) else ""
+        eos = self.tokenizer.convert_ids_to_tokens(self.eos_token_id)
+        return content, eos if after.startswith(eos) else ""
+
+    # Details ------------------------------------------------------------------------------------------------------
+
+    def _end_of_turn(self) -> int:
+        """The special token with which the chat template ends an assistant's turn, else the tokenizer's EOS."""
+        eos: int = self.tokenizer.eos_token_id
+        question = [{"role": "user", "content": "x"}]
+        before = self._render(question, add_generation_prompt=True) + "y"
+        whole = self._render([*question, {"role": "assistant", "content": "y"}], add_generation_prompt=False)
+        after = self._ids(whole[len(before) :]) if whole.startswith(before) else []
+        return after[0] if after and after[0] in self.tokenizer.added_tokens_decoder else eos
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _with_bos(self, text: str) -> list[int]:
+        tokens = self._ids(text)
+        return tokens if tokens[: len(self._bos)] == self._bos else self._bos + tokens
+
+
+def prepare_tokenizer(tokenizer: Any) -> Any:
+    """Give a tokenizer a pad token that is neither EOS nor BOS where its vocabulary has one.
+
+    Sequence-classification models find the last real token by the pad id, so pad = eos would hide EOS from them.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no EOS token, so responses could never end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    tokenizer.padding_side = "right"
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in taken:
+        special = [tokenizer.unk_token_id, *tokenizer.added_tokens_decoder]
+        free = [token for token in special if token is not None and token not in taken]
+        if free:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
+        elif tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _is_sentence_piece(tokenizer: Any) -> bool:
+    """Whether the tokenizer writes a space before the first word of a text, as Llama 2 and Mistral do."""
+    first = tokenizer.convert_ids_to_tokens(tokenizer("x", add_special_tokens=False)["input_ids"])[0]
+    return first.startswith("\u2581")
+
+
+def _wants_bos(tokenizer: Any) -> bool:
+    """Whether texts begin with BOS: what the tokenizer does by itself, its explicit setting, else sentence-piece."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return False
+    explicit = tokenizer.init_kwargs.get("add_bos_token")
+    if explicit is not None:
+        return bool(explicit)
+    return tokenizer("x")["input_ids"][:1] == [bos] or _is_sentence_piece(tokenizer)
+
+
+def _messages(prompt: Prompt) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+
+
+def _plain_text(messages: list[dict[str, str]]) -> str:
+    return "".join(PLAIN_ROLES[message["role"]] + message["content"] for message in messages)
+
+
+def _joined(pieces: list[tuple[list[int], bool]]) -> Encoded:
+    tokens = [token for piece, _ in pieces for token in piece]
+    return Encoded(tokens, [in_loss for piece, in_loss in pieces for _ in piece])

@@ -1,0 +1,118 @@
+"""What sft and rm share around transformers' Trainer: its arguments, the metrics log, and saving of what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from rlhf.checkpoint import StageFolder, save_model_folder
+from rlhf.engine import Engine
+from rlhf.metrics import MetricLog, progress
+from rlhf.models.adapters import merged_copy, uses_lora
+
+
+def trainer_arguments(config: Any, folder: StageFolder, engine: Engine, num_rows: int) -> dict[str, Any]:
+    """Arguments of transformers' TrainingArguments for the keys that sft and rm have in common.
+
+    `batch_size` rows make one optimizer step, in micro-batches of `engine.micro_batch_size`.
+    """
+    micro_batch_size = min(config.engine.micro_batch_size or config.batch_size, config.batch_size)
+    if config.batch_size % micro_batch_size:
+        raise ValueError(
+            f"batch_size={config.batch_size} is no multiple of engine.micro_batch_size={micro_batch_size}"
+        )
+    steps = max(1, int(num_rows / config.batch_size * config.epochs))
+    return {
+        "output_dir": str(folder.path / "state"),
+        "per_device_train_batch_size": micro_batch_size,
+        "per_device_eval_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": config.batch_size // micro_batch_size,
+        "num_train_epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": int(steps * config.warmup_ratio),
+        "weight_decay": config.weight_decay,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "logging_steps": config.log_steps,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": config.keep_last,
+        "seed": config.seed,
+        "bf16": engine.dtype.itemsize == 2,
+        "use_cpu": engine.device.type == "cpu",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": engine.device.type == "cuda",
+    }
+
+
+class LogCallback(TrainerCallback):
+    """One progress bar, and the Trainer's numbers in the metrics log; stops where the loss is not finite."""
+
+    def __init__(self, log: MetricLog, description: str) -> None:
+        self.log, self.description = log, description
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar, and forget lines that a resumed run writes again."""
+        self.log.cut_after(state.global_step)
+        self.bar = progress(state.max_steps, initial=state.global_step, unit="step", description=self.description)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar."""
+        self.bar.update(1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Write one line per logging step."""
+        numbers = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        loss = numbers.get("loss")
+        if loss is not None and not loss < float("inf"):
+            raise ValueError(
+                f"the loss is {loss} at step {state.global_step}; lower learning_rate, or use engine.dtype=float32"
+            )
+        timing = {name: numbers.pop(name) for name in list(numbers) if "_per_second" in name or "runtime" in name}
+        self.log.write(state.global_step, numbers, timing)
+        if loss is not None and self.bar is not None:
+            self.bar.set_postfix(loss=f"{loss:.3f}")
+
+
+def attach_log(trainer: Trainer, log: MetricLog, description: str) -> None:
+    """Report a trainer's progress through our log alone."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(LogCallback(log, description))
+
+
+def full_precision(config: Any, folder: StageFolder, model: Any, *, base: str, task: str) -> Any:
+    """The trained model with its own weights in full: with LoRA, the adapter is saved and merged into a copy of `base`."""
+    if not uses_lora(config.adapter):
+        return model
+    adapter_folder = folder.path / "adapter"
+    model.save_pretrained(str(adapter_folder))
+    return merged_copy(base, adapter_folder, task=task)
+
+
+def write_model(folder: StageFolder, model: Any, tokenizer: Any, card: str) -> None:
+    """Write `model/` with weights, tokenizer and card, whole or not at all."""
+
+    def save(path: Path) -> None:
+        model.config.use_cache = True
+        model.save_pretrained(str(path))
+        tokenizer.save_pretrained(str(path))
+
+    save_model_folder(folder.model, save, card)
+
+
+def model_card(title: str, *, base: str, facts: dict[str, Any]) -> str:
+    """A model card in the hub's format: what it is, from what it was made, and what was measured."""
+    lines = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    front = f"---\nbase_model: {base}\ntags: [rlhf]\n---\n"
+    return f"{front}\n# {title}\n\n| what | value |\n|---|---|\n{lines}\n"

@@ -1,0 +1,68 @@
+"""The state that an exact resume needs, as safetensors and JSON: trained weights, optimizer moments, random generators."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rlhf.engine import random_state, restore_random_state
+
+
+def save_training_state(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, values: dict[str, Any]
+) -> None:
+    """Write the trained parameters, the optimizer's state, all random generators and plain `values`."""
+    weights = {name: p.detach().contiguous() for name, p in module.named_parameters() if p.requires_grad}
+    save_file(weights, folder / "weights.safetensors")
+    moments = {
+        f"{index}.{name}": torch.as_tensor(value).detach().contiguous()
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    save_file(moments, folder / "optimizer.safetensors")
+    generators = random_state()
+    tensors = {"torch": generators["torch"], "numpy": generators["numpy"][1]}
+    tensors |= {f"cuda.{i}": state for i, state in enumerate(generators.get("cuda", []))}
+    save_file(tensors, folder / "random.safetensors")
+    name, _, position, has_gauss, cached = generators["numpy"]
+    plain = {"python": generators["python"], "numpy": [name, position, has_gauss, cached]}
+    (folder / "state.json").write_text(json.dumps({"values": values, "random": plain}), encoding="utf-8")
+
+
+def load_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put back what `save_training_state` wrote and return its `values`."""
+    weights = load_file(folder / "weights.safetensors")
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if weights.keys() != trained.keys():
+        names = sorted(weights.keys() ^ trained.keys())[:3]
+        raise ValueError(f"{folder} holds the state of another model: {', '.join(names)} ... differ")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "random.safetensors")
+    name, position, has_gauss, cached = saved["random"]["numpy"]
+    generators: dict[str, Any] = {
+        "python": saved["random"]["python"],
+        "numpy": [name, tensors["numpy"], position, has_gauss, cached],
+        "torch": tensors["torch"],
+    }
+    cuda = [tensors[f"cuda.{i}"] for i in range(sum(key.startswith("cuda.") for key in tensors))]
+    restore_random_state(generators | ({"cuda": cuda} if cuda else {}))
+    return saved["values"]
+
+
+def permutation(size: int, *seed: int) -> np.ndarray[Any, Any]:
+    """A permutation of `size` that depends on the seeds alone, not on any generator's state."""
+    return np.random.default_rng(seed).permutation(size)

@@ -1,0 +1,178 @@
+"""Which values of a configuration are refused, and how a misspelt word finds the right one."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from rlhf.settings import CollectConfig, Decoding, EvaluateConfig, PPOConfig, StageConfig
+
+CHOICES = {
+    "tracker": ("tensorboard", "wandb", "trackio", "none"),
+    "adapter.quantization": ("none", "nf4", "int8"),
+    "engine.dtype": ("auto", "float32", "bfloat16"),
+    "data.format": ("auto", "chat", "plain"),
+    "data.on_bad_row": ("stop", "skip"),
+    "kl.controller": ("fixed", "adaptive"),
+}
+RUN_MODES = {"runs", "overwrite", "resume", "force", "show", "tracker", "engine.threads"}
+AT_LEAST_ONE = {
+    "batch_size",
+    "minibatches",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "max_length",
+    "bootstrap",
+}
+NOT_EMPTY = {"name", "runs", "model.path", "policy", "critic", "base"}
+ABOVE_ZERO = {"temperature", "repetition_penalty"}
+FRACTIONS = {"top_p", "warmup_ratio", "eval_fraction", "dropout", "gae.gamma", "gae.lam"}
+SCORER_KEYS = {
+    "model": {"path"},
+    "classifier": {"train", "classifier"},
+    "function": {"function"},
+    "sum": {"parts"},
+}
+SOURCE_KEYS = {"path", "split", "subset", "part", "limit", "revision", "columns"}
+SYSTEM_KEYS = {"path", "decoding", "best_of"}
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate most like `word`, or None where none is like it.
+
+    A dotted candidate is compared as a whole and by its last part, so that `coef` finds `kl.coef`.
+    """
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, word, candidate).ratio()
+        last = difflib.SequenceMatcher(None, word.split(".")[-1], candidate.split(".")[-1]).ratio()
+        begins = 0.7 if len(word) >= 3 and candidate.startswith(word) else 0.0
+        return max(whole, 0.95 * last, begins)
+
+    best = max(candidates, key=likeness, default="")
+    return best if best and likeness(best) >= 0.6 else None
+
+
+def hint(word: str, candidates: Iterable[str]) -> str:
+    """Return `did you mean …? ` for an error message, or an empty string."""
+    best = nearest(word, candidates)
+    return f"did you mean {best}? " if best else ""
+
+
+def check_config(config: StageConfig) -> None:
+    """Raise ValueError, naming the key, for a value of the right type that cannot be meant."""
+    for key, value in _leaves(config):
+        _check_value(key, value)
+    if config.overwrite and config.resume:
+        raise ValueError("overwrite=true and resume=true contradict each other: give one of them")
+    if isinstance(config, CollectConfig):
+        check_scorer("labeller", config.labeller)
+        if config.samples_per_prompt < 2:
+            raise ValueError(f"samples_per_prompt={config.samples_per_prompt}: ranking needs at least 2")
+    if isinstance(config, PPOConfig):
+        check_scorer("reward", config.reward)
+    if isinstance(config, EvaluateConfig):
+        for key, spec in (("proxy", config.proxy), ("gold", config.gold)):
+            if spec is not None:
+                check_scorer(key, spec)
+        check_systems(config.systems, config.baseline)
+
+
+def changed_keys(one: StageConfig, other: StageConfig) -> list[str]:
+    """Return the full keys whose values differ, apart from those that say how to run (`RUN_MODES`)."""
+    first, second = dict(_leaves(one)), dict(_leaves(other))
+    return [key for key in first if key not in RUN_MODES and first[key] != second.get(key)]
+
+
+def check_source(key: str, source: Any) -> None:
+    """Raise ValueError unless `source` is null, a path, a mapping with a path, or a list of these."""
+    if source is None or isinstance(source, str):
+        return
+    if isinstance(source, list | tuple):
+        for i, part in enumerate(source):
+            check_source(f"{key}[{i}]", part)
+        return
+    if not isinstance(source, dict):
+        raise ValueError(f"{key}={source!r}: give a path, a hub name, or {{path: ..., split: ...}}")
+    _check_keys(key, source, SOURCE_KEYS)
+    if not isinstance(source.get("path"), str):
+        raise ValueError(f"{key}={source!r}: path is missing")
+
+
+def check_scorer(key: str, spec: dict[str, Any]) -> None:
+    """Raise ValueError unless `spec` is {kind: model|classifier|function|sum, ...} with its kind's keys."""
+    kind = spec.get("kind")
+    if kind not in SCORER_KEYS:
+        raise ValueError(f"{key}.kind={kind!r}: one of {', '.join(SCORER_KEYS)}")
+    every_key = set().union(*SCORER_KEYS.values())
+    _check_keys(key, spec, every_key | {"kind", "weight"})
+    for needed in SCORER_KEYS[kind] - {"classifier", "train"}:
+        if not spec.get(needed):
+            raise ValueError(f"{key}.{needed} is missing: kind={kind} needs it")
+    check_source(f"{key}.train", spec.get("train"))
+    if kind == "sum":
+        _check_parts(key, spec["parts"])
+
+
+def check_systems(systems: dict[str, Any], baseline: str | None) -> None:
+    """Raise ValueError unless every system is a path or {path, best_of, decoding}."""
+    if not systems:
+        raise ValueError("systems={}: give at least one, for instance systems='{mine: path/to/model}'")
+    for name, system in systems.items():
+        key = f"systems.{name}"
+        if isinstance(system, str):
+            continue
+        if not isinstance(system, dict) or not isinstance(system.get("path"), str):
+            raise ValueError(
+                f"{key}={system!r}: give a path, or {{path: ..., best_of: 4, decoding: {{...}}}}"
+            )
+        _check_keys(key, system, SYSTEM_KEYS)
+        _check_keys(
+            f"{key}.decoding", system.get("decoding") or {}, {field.name for field in fields(Decoding)}
+        )
+    if baseline is not None and baseline not in systems:
+        raise ValueError(f"baseline={baseline}: not one of the systems {', '.join(systems)}")
+
+
+def _check_parts(key: str, parts: Any) -> None:
+    if not isinstance(parts, list):
+        raise ValueError(f"{key}.parts={parts!r}: give a list of scorers, each with a weight")
+    for i, part in enumerate(parts):
+        where = f"{key}.parts[{i}]"
+        if not isinstance(part, dict) or not isinstance(part.get("weight"), int | float):
+            raise ValueError(f"{where}={part!r}: give {{weight: number, kind: ..., ...}}")
+        check_scorer(where, part)
+
+
+def _check_keys(key: str, mapping: dict[str, Any], allowed: set[str]) -> None:
+    for name in mapping:
+        if name not in allowed:
+            choices = ", ".join(sorted(allowed))
+            raise ValueError(
+                f"{key}.{name} is not a key; {hint(str(name), sorted(allowed))}keys are {choices}"
+            )
+
+
+def _check_value(key: str, value: Any) -> None:
+    last = key.split(".")[-1]
+    if key in NOT_EMPTY and not value.strip():
+        raise ValueError(f"{key}= is empty: give it a value, or leave it out")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise ValueError(f"{key}={value}: one of {', '.join(CHOICES[key])}")
+    if key.startswith(("data.demonstrations", "data.ranked", "data.prompts", "data.labelled", "ranked.")):
+        check_source(key, value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if value < 0 or (last in AT_LEAST_ONE and value < 1) or (last in ABOVE_ZERO and value <= 0):
+        bound = "at least 1" if last in AT_LEAST_ONE else "above 0" if last in ABOVE_ZERO else "not negative"
+        raise ValueError(f"{key}={value}: a number that is {bound} is expected")
+    if (key in FRACTIONS or last in FRACTIONS) and value > 1:
+        raise ValueError(f"{key}={value}: a number from 0 to 1 is expected")
+
+
+def _leaves(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for field in fields(config):
+        value, key = getattr(config, field.name), prefix + field.name
+        leaves += _leaves(value, f"{key}.") if is_dataclass(value) else [(key, value)]
+    return leaves

@@ -1,0 +1,85 @@
+"""The one entry point, `python -m stages stage=<stage> key=value ...`: help, errors, show=true or the stage.
+
+Nothing heavy is imported before a stage starts.
+"""
+
+import importlib
+import os
+import shlex
+import sys
+from pathlib import Path
+
+HELP_WORDS = {"help", "--help", "-h"}
+HELP_FILE = Path(__file__).with_name("help.txt")
+
+
+def main(words: list[str]) -> int:
+    """Run the stage that `words` ask for; return 0, 2 for a user's error, 130 when interrupted."""
+    if not words or HELP_WORDS & set(words):
+        print(HELP_FILE.read_text(encoding="utf-8"), end="")
+        return 0
+    try:
+        stage, overrides = read_words(words)
+        return run(stage, overrides)
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("RLHF_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; to go on: {resume_command(words)}", file=sys.stderr)
+        return 130
+
+
+def read_words(words: list[str]) -> tuple[str, list[str]]:
+    """Part the words into the stage and its settings. Raises ValueError naming the nearest stage."""
+    from rlhf.config import STAGES
+    from rlhf.validation import hint
+
+    known = ("all", *STAGES, "test")
+    named = [word.partition("=")[2] for word in words if word.startswith("stage=")]
+    overrides = [word for word in words if not word.startswith("stage=")]
+    if len(named) != 1:
+        problem = f"{len(named)} stages given" if named else "no stage given"
+        guess = next((f"did you mean stage={word}? " for word in words if word in known), "")
+        raise ValueError(f"{problem}: {guess}stage= is one of {', '.join(known)}")
+    stage = named[0]
+    if stage not in known:
+        raise ValueError(f"stage={stage}: {hint(stage, known)}stage= is one of {', '.join(known)}")
+    if stage == "test":
+        raise ValueError("stage=test is run by launch.sh: ./launch.sh stage=test")
+    return stage, overrides
+
+
+def run(stage: str, overrides: list[str]) -> int:
+    """Resolve every setting, then show it or run the stage."""
+    from rlhf.config import load_config
+    from stages import all as all_stages
+    from stages.show import show
+
+    if stage == "all":
+        configs = all_stages.load_configs(overrides)
+        if any(config.show for config in configs.values()):
+            for name, config in configs.items():
+                show(name, config)
+            return 0
+        return all_stages.run(configs, overrides)
+    config = load_config(stage, overrides)
+    if config.show:
+        show(stage, config)
+        return 0
+    importlib.import_module(f"stages.{stage}").main(overrides)
+    return 0
+
+
+def resume_command(words: list[str]) -> str:
+    """Return the command that goes on with what `words` started."""
+    kept = [word for word in words if not word.startswith(("resume=", "overwrite="))]
+    return shlex.join(["./launch.sh", *kept, "resume=true"])
+
+
+if __name__ == "__main__":
+    # nothing in the user's folder or in stages/ may pass for a library; the user's functions stay importable
+    sys.path[0] = str(HELP_FILE.resolve().parents[1])
+    sys.path.append(os.getcwd())
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""sft, collect, rm, ppo and evaluate one after the other, each a process of its own."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import PROJECT_DIR, load_config, read_config, split_overrides
+from rlhf.validation import changed_keys
+
+Configs = dict[str, Any]
+ENTRY_POINT = PROJECT_DIR / "stages" / "__main__.py"
+
+
+def load_configs(overrides: list[str]) -> Configs:
+    """Return the configuration of every stage, so that a mistake is found before the first one runs."""
+    configs = {}
+    for stage, words in split_overrides(overrides).items():
+        try:
+            configs[stage] = load_config(stage, words)
+        except ValueError as error:
+            raise ValueError(f"stage {stage}: {error}") from error
+    return configs
+
+
+def run(configs: Configs, overrides: list[str]) -> int:
+    """Run the stages that are due and return the first exit status that is not 0."""
+    words = split_overrides(overrides)
+    skipped = reasons_to_skip(configs)
+    minutes: dict[str, float] = {}
+    for number, (stage, config) in enumerate(configs.items(), start=1):
+        headline = f"[{number}/{len(configs)}] {stage}"
+        if stage in skipped:
+            print(f"{headline}: skipped, {skipped[stage]}", flush=True)
+            continue
+        print(f"{headline}: {stage_folder(stage, config)}", flush=True)
+        start = time.monotonic()
+        status = run_child([sys.executable, str(ENTRY_POINT), f"stage={stage}", *words[stage]])
+        minutes[stage] = (time.monotonic() - start) / 60
+        if status != 0:
+            command = shlex.join(["./launch.sh", "stage=all", *_without_run_mode(overrides), "resume=true"])
+            how = "interrupted" if status == 130 else f"failed with status {status}"
+            print(f"stage {stage} {how}; to go on: {command}", file=sys.stderr)
+            return status
+    _print_end(configs, minutes)
+    return 0
+
+
+def stage_folder(stage: str, config: Any) -> Path:
+    """Return where a stage's results lie."""
+    return Path(config.runs) / config.name / stage
+
+
+def reasons_to_skip(configs: Configs) -> dict[str, str]:
+    """Return stages that need not run and why.
+
+    Raises ValueError for a finished stage where neither resume nor overwrite is set, for one whose settings
+    have changed, and for one that stands on a stage that is not finished.
+    """
+    skipped = {}
+    if configs["collect"].data.ranked.train is not None:
+        skipped["collect"] = f"data={configs['collect'].data.name} has ranked lists of its own"
+    due = {stage: config for stage, config in configs.items() if stage not in skipped}
+    missing: list[str] = []
+    for stage, config in due.items():
+        folder = stage_folder(stage, config)
+        if config.overwrite or not (folder / "stage.json").exists():
+            missing.append(stage)
+            continue
+        if not config.resume:
+            raise ValueError(
+                f"{folder} is finished: resume=true keeps it, overwrite=true replaces it, "
+                "name=... starts another run"
+            )
+        if missing:
+            raise ValueError(
+                f"{folder} is finished, but {missing[0]} before it is not: overwrite=true runs both again"
+            )
+        _check_unchanged(stage, config, folder)
+        skipped[stage] = f"finished in {folder}"
+    return skipped
+
+
+def run_child(command: list[str]) -> int:
+    """Run a command in its own process group, hand signals on to it, and return the status a shell would."""
+    path = os.pathsep.join(filter(None, [str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]))
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda given, _: child.send_signal(given)) for number in numbers}
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def _check_unchanged(stage: str, config: Any, folder: Path) -> None:
+    saved = folder / "config.yaml"
+    changed = changed_keys(config, read_config(stage, saved)) if saved.exists() else []
+    if changed:
+        raise ValueError(
+            f"{folder} is finished with other settings ({', '.join(changed)}): "
+            "overwrite=true runs it again, name=... starts another run"
+        )
+
+
+def _without_run_mode(overrides: list[str]) -> list[str]:
+    return [word for word in overrides if not word.startswith(("resume=", "overwrite="))]
+
+
+def _print_end(configs: Configs, minutes: dict[str, float]) -> None:
+    for stage, taken in minutes.items():
+        print(f"  {stage:<9}{taken:6.1f} min")
+    print(f"  {'together':<9}{sum(minutes.values()):6.1f} min")
+    print(f"report: {stage_folder('evaluate', configs['evaluate']) / 'report.md'}")

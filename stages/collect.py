@@ -1,0 +1,63 @@
+"""stage=collect: samples of the SFT policy, ranked by the labeller, as records that stage=rm reads."""
+
+from __future__ import annotations
+
+from rlhf.checkpoint import find_parent
+from rlhf.checks import Check, print_checks
+from rlhf.collect import collect_ranked
+from rlhf.engine import build_engine, seed_everything
+from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters
+from rlhf.records import write_records
+from rlhf.rewards import build_scorer
+from rlhf.sampling.sampler import Decoding
+from stages.common import Stage, resolved
+
+LOWEST_SHARE_WITH_PAIR = 0.5
+
+
+def main(overrides: list[str]) -> None:
+    """Write `ranked.jsonl`: prompts with K samples, their scores and ranks."""
+    stage = Stage("collect", overrides)
+    config, folder = stage.config, stage.folder
+    config.policy = resolved(config.policy)
+    parent = find_parent("policy", config.policy, kind="policy", force=config.force)
+    seed_everything(config.seed)
+    engine = build_engine(config.engine, num_parameters(config.policy))
+    codec = load_codec(config.policy, config.data)
+    prompts = stage.read(
+        config.data.prompts.collect, "prompts", "data.prompts.collect", limit=config.num_prompts
+    )
+    labeller = build_scorer(config.labeller, config, engine)
+    model = load_causal_lm(config.policy, load_options(config.model, engine, trained=False))
+    (folder.path / "state").mkdir(exist_ok=True)
+    lists = collect_ranked(
+        model,
+        codec,
+        engine,
+        prompts,
+        labeller,
+        folder.path / "state" / "partial.jsonl",
+        decoding=decoding_of(config.decoding, config.data.max_response_tokens),
+        samples_per_prompt=config.samples_per_prompt,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    write_records(folder.path / "ranked.jsonl", lists)
+    share = sum(record.has_pair for record in lists) / len(prompts)
+    check = Check(
+        "prompts with a ranked pair",
+        share >= LOWEST_SHARE_WITH_PAIR,
+        f"{share:.0%} of {len(prompts)}",
+        "a labeller that ties its responses, or a policy that repeats itself, leaves nothing to learn from",
+    )
+    stage.facts["labeller"] = labeller.name
+    folder.finish("records", parents=[parent], checks=[check], seconds=stage.seconds, **stage.facts)
+    folder.drop_states()
+    print_checks([check])
+    print(f"{len(lists)} ranked lists in {folder.path / 'ranked.jsonl'} ({stage.seconds:.0f} s)")
+
+
+def decoding_of(settings: object, max_new_tokens: int) -> Decoding:
+    """The sampler's settings from the `decoding` group."""
+    names = ("temperature", "greedy", "repetition_penalty", "top_k", "top_p")
+    return Decoding(max_new_tokens, **{name: getattr(settings, name) for name in names})

@@ -1,0 +1,68 @@
+"""What every stage program does first: configuration, data files, the stage folder."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import StageFolder
+from rlhf.config import load_config, resolved_yaml
+from rlhf.records import Record, find_overlap, make_sources, read_records
+from rlhf.sources import resolve_model
+
+
+class Stage:
+    """One run of a stage: its configuration, folder, and the state to resume from, if any."""
+
+    def __init__(self, stage: str, overrides: list[str]) -> None:
+        self.started = time.time()
+        self.config = load_config(stage, overrides)
+        config = self.config
+        self.folder = StageFolder(config.runs, config.name, stage)
+        self.state = self.folder.prepare(
+            resolved_yaml(config), overwrite=config.overwrite, resume=config.resume
+        )
+        self.facts: dict[str, Any] = {}
+        if config.data.build:
+            importlib.import_module(f"data.{config.data.build}").build(Path(config.data.folder))
+
+    def read(self, source: Any, kind: str, key: str, *, limit: int | None = None) -> Sequence[Any]:
+        """Read the records of a `data` key; counts and skipped rows go into stage.json."""
+        if source is None:
+            raise ValueError(
+                f"{key} is not set: data={self.config.data.name} has no such records; give {key}=<file>"
+            )
+        result = read_records(make_sources(source, key), kind, on_bad_row=self.config.data.on_bad_row)
+        if result.skipped:
+            print(
+                f"{key}: {len(result.skipped)} bad rows skipped, the first: {result.skipped[0]}", flush=True
+            )
+        if not result.records:
+            raise ValueError(f"{key}={source}: no records")
+        records = result.records[:limit] if limit else result.records
+        self.facts.setdefault("data", {})[key] = {
+            "source": source,
+            "records": len(records),
+            "skipped": len(result.skipped),
+        }
+        return records
+
+    def warn_of_overlap(self, name_a: str, a: Sequence[Record], name_b: str, b: Sequence[Record]) -> None:
+        """Report prompts that two sets share."""
+        shared = find_overlap(a, b)
+        self.facts.setdefault("overlap", {})[f"{name_a} and {name_b}"] = len(shared)
+        if shared:
+            print(f"warning: {len(shared)} prompts stand in both {name_a} and {name_b}", flush=True)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds since the stage began."""
+        return round(time.time() - self.started, 1)
+
+
+def resolved(path: str) -> str:
+    """A model key's value as a folder or hub name; the embedded models are fetched or built on first use."""
+    return resolve_model(path)

@@ -1,0 +1,52 @@
+"""stage=ppo: reinforcement learning of the SFT policy against a reward, with a KL penalty to where it started."""
+
+from __future__ import annotations
+
+from rlhf.checkpoint import find_parent
+from rlhf.checks import print_checks
+from rlhf.engine import build_engine, seed_everything
+from rlhf.models.loading import load_codec, num_parameters
+from rlhf.ppo_run import PPORun, build_reward
+from rlhf.models.roles import build_roles
+from rlhf.training import full_precision, model_card, write_model
+from stages.common import Stage, resolved
+
+
+def main(overrides: list[str]) -> None:
+    """Train `policy` for `updates` rollouts and leave a model folder."""
+    stage = Stage("ppo", overrides)
+    config, folder = stage.config, stage.folder
+    config.policy = resolved(config.policy)
+    parents = [find_parent("policy", config.policy, kind="policy", force=config.force)]
+    for key, path in (("critic", config.critic), ("reward.path", config.reward.get("path"))):
+        if path is not None:
+            parents.append(find_parent(key, path, kind="reward_model", force=config.force))
+    seed_everything(config.seed)
+    engine = build_engine(config.engine, num_parameters(config.policy))
+    codec = load_codec(config.policy, config.data)
+    prompts = stage.read(config.data.prompts.ppo, "prompts", "data.prompts.ppo")
+    roles = build_roles(config, engine)
+    reward = build_reward(config, engine, roles)
+    run = PPORun(config, codec, engine, roles, reward, prompts, folder)
+    checks = run.train(stage.state)
+
+    model = full_precision(config, folder, roles.actor_critic.policy, base=config.policy, task="CAUSAL_LM")
+    model.generation_config.eos_token_id = sorted({codec.eos_token_id, codec.tokenizer.eos_token_id})
+    facts = {
+        "data": config.data.name,
+        "updates x episodes": f"{config.updates} x {config.batch_size}",
+        "adapter": config.adapter.name,
+        "learning rate": config.learning_rate,
+        "kl.coef": config.kl.coef,
+        **{name: f"{value:.3f}" for name, value in run.last.items() if name in ("score", "kl", "length")},
+    }
+    write_model(folder, model, codec.tokenizer, model_card("PPO policy", base=parents[0].path, facts=facts))
+    folder.finish(
+        "policy", parents=parents, checks=checks, results=run.last, seconds=stage.seconds, **stage.facts
+    )
+    folder.drop_states()
+    print_checks(checks)
+    print(
+        f"score {run.first['score']:.2f} -> {run.last['score']:.2f} at KL {run.last['kl']:.2f}; "
+        f"model in {folder.model} ({stage.seconds:.0f} s)"
+    )

@@ -1,0 +1,128 @@
+"""stage=rm: a reward model trained on ranked lists, judged on held-out prompts, its scores normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf.checkpoint import find_parent
+from rlhf.checks import print_checks
+from rlhf.engine import build_engine, seed_everything
+from rlhf.evaluation.rankings import (
+    accuracy_by_gap,
+    length_gaps,
+    pair_accuracy,
+    ranking_checks,
+    score_length_correlation,
+    tfidf_gaps,
+    untied_pairs,
+)
+from rlhf.models.loading import load_codec, num_parameters
+from rlhf.numerics.ranking import calibration
+from rlhf.records import RankedList, prompt_key
+from rlhf.rm import RewardTraining, calibrate, calibration_rows, prepare_for_saving, score_rows, tokenize
+from rlhf.training import full_precision, model_card, write_model
+from stages.common import Stage, resolved
+
+
+def main(overrides: list[str]) -> None:
+    """Train a score head (and trunk or adapter) on ranked lists and leave a reward model."""
+    stage = Stage("rm", overrides)
+    config, folder = stage.config, stage.folder
+    config.base = resolved(config.base)
+    parents = [find_parent("base", config.base, kind="policy", force=config.force)]
+    if isinstance(config.ranked.train, str) and config.ranked.train.startswith(config.runs):
+        parents.append(find_parent("ranked.train", config.ranked.train, kind="records", force=config.force))
+    seed_everything(config.seed)
+    codec = load_codec(config.base, config.data)
+    train_records, held_out_records = _read_lists(stage)
+    train, held_out = (
+        tokenize(records, codec, config.max_length) for records in (train_records, held_out_records)
+    )
+    if not train.rows or not held_out.rows:
+        raise ValueError(
+            "ranked.train or the held-out part of it has no list with two responses that differ in rank"
+        )
+    stage.facts["cut"] = {"prompts": train.num_cut_prompts, "responses left out": train.num_long_responses}
+    print(
+        f"{len(train.rows)} ranked lists to train on, {len(held_out.rows)} held out; {stage.facts['cut']}",
+        flush=True,
+    )
+
+    engine = build_engine(config.engine, num_parameters(config.base))
+    run = RewardTraining(config, codec, engine, train.rows, folder)
+    run.train(stage.state)
+    model = (
+        full_precision(config, folder, run.model, base=config.base, task="SEQ_CLS").to(engine.device).eval()
+    )
+    samples = calibration_rows(config, codec, engine, held_out)
+    stage.facts["normalisation"] = calibrate(model, samples, pad_token_id=codec.pad_token_id, engine=engine)
+    results, checks = judge(model, codec.pad_token_id, engine, train.records, held_out)
+    facts = {"data": config.data.name, "lists": len(train.rows), "adapter": config.adapter.name}
+    facts |= {
+        "held-out accuracy": f"{results['accuracy']['mean']:.3f}",
+        "learning rate": config.learning_rate,
+    }
+    tokenizer = prepare_for_saving(model, codec)
+    write_model(folder, model, tokenizer, model_card("Reward model", base=parents[0].path, facts=facts))
+    run.log.close()
+    folder.finish(
+        "reward_model", parents=parents, checks=checks, results=results, seconds=stage.seconds, **stage.facts
+    )
+    folder.drop_states()
+    print_checks(checks)
+    print(
+        f"held-out accuracy {results['accuracy']['mean']:.3f}; model in {folder.model} ({stage.seconds:.0f} s)"
+    )
+
+
+def _read_lists(stage: Stage) -> tuple[Sequence[RankedList], Sequence[RankedList]]:
+    """Training and held-out lists; without a held-out source a share of the prompts is held out."""
+    config = stage.config
+    records = stage.read(config.ranked.train, "ranked", "ranked.train")
+    if config.ranked.eval is not None:
+        held_out = stage.read(config.ranked.eval, "ranked", "ranked.eval")
+        stage.warn_of_overlap("ranked.train", records, "ranked.eval", held_out)
+        return records, held_out
+    keys = sorted({prompt_key(record.prompt) for record in records})
+    held_out_keys = set(keys[: max(1, round(len(keys) * config.eval_fraction))])
+    parts: tuple[list[RankedList], list[RankedList]] = ([], [])
+    for record in records:
+        parts[prompt_key(record.prompt) in held_out_keys].append(record)
+    return parts
+
+
+def judge(
+    model: Any, pad_token_id: int, engine: Any, train: Sequence[RankedList], held_out: Any
+) -> tuple[dict[str, Any], list[Any]]:
+    """Accuracy and calibration on held-out lists beside the two baselines, and the checks drawn from them."""
+    flat = [tokens for row in held_out.rows for tokens in row.tokens]
+    scores = score_rows(model, flat, pad_token_id=pad_token_id, engine=engine).cpu()
+    alone = torch.cat(
+        [score_rows(model, [row], pad_token_id=pad_token_id, engine=engine).cpu() for row in flat[:8]]
+    )
+    by_list = torch.split(scores, [len(row.tokens) for row in held_out.rows])
+    pairs = untied_pairs(held_out.records)
+    prompts = np.array([pair.prompt for pair in pairs])
+    gaps = np.array(
+        [float(by_list[p.prompt][p.better_index] - by_list[p.prompt][p.worse_index]) for p in pairs]
+    )
+    accuracy, longer, tfidf = (
+        pair_accuracy(values, prompts) for values in (gaps, length_gaps(pairs), tfidf_gaps(train, pairs))
+    )
+    texts = [text for record in held_out.records for text in record.responses]
+    results = {
+        "accuracy": vars(accuracy),
+        "longer_wins": vars(longer),
+        "tfidf": vars(tfidf),
+        **calibration(torch.from_numpy(gaps)),
+        "accuracy_by_gap": accuracy_by_gap(gaps, held_out.records, pairs),
+        "score_length_correlation": score_length_correlation(scores.tolist(), texts),
+        "pairs": len(pairs),
+    } | {"accuracy": vars(accuracy)}
+    tolerance = 1e-4 if engine.dtype == torch.float32 else 0.2
+    invariance = float((alone - scores[:8]).abs().max())
+    return results, ranking_checks(accuracy, longer, tfidf, invariance, tolerance)

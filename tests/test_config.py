@@ -1,0 +1,340 @@
+"""Configuration: every shipped file composes, and every mistake is answered with the right key."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf import estimate
+from rlhf.config import (
+    CONFIG_DIR,
+    GROUPS,
+    PROJECT_DIR,
+    STAGES,
+    all_keys,
+    group_choices,
+    load_config,
+    read_config,
+    resolved_yaml,
+    split_overrides,
+    value_type,
+)
+from rlhf.validation import changed_keys, nearest
+
+# What the files that leave something to the user need.
+NEEDED = {"path": ["model.path=gpt2"], "function": ["reward.function=module:score"]}
+CHOICES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_shipped_file_composes_with_every_stage_that_has_its_group(group: str, choice: str) -> None:
+    stages = [stage for stage in STAGES if value_type(stage, group) is not None]
+    assert stages
+    for stage in stages:
+        load_config(stage, [f"{group}={choice}", *NEEDED.get(choice, [])])
+
+
+def test_every_yaml_file_says_on_its_first_line_what_it_is() -> None:
+    for path in CONFIG_DIR.rglob("*.yaml"):
+        assert path.read_text(encoding="utf-8").startswith("# "), path
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_file_sets_exactly_the_keys_of_its_dataclass(stage: str) -> None:
+    config = load_config(stage, [])
+    assert [key for key in all_keys(stage) if value_type(stage, key) is None] == []
+    assert config.name == "smollm2-film_reviews"
+    assert config.runs == str(PROJECT_DIR / "runs")
+
+
+def test_the_tiny_model_trains_whole_unless_an_adapter_is_named() -> None:
+    assert load_config("sft", []).adapter.name == "lora"
+    assert load_config("sft", ["model=tiny"]).adapter.name == "none"
+    assert load_config("sft", ["model=tiny", "adapter=lora"]).adapter.name == "lora"
+    assert load_config("sft", ["adapter=lora", "model=tiny"]).adapter.name == "lora"
+
+
+def test_settings_refer_to_each_other() -> None:
+    full = load_config("sft", ["adapter=none"])
+    assert full.learning_rate == full.model.learning_rate.sft
+    assert load_config("ppo", ["adapter.learning_rate.ppo=1e-5"]).learning_rate == 1e-5
+    assert load_config("sft", ["adapter=none", "adapter.learning_rate.sft=0.5"]).learning_rate == 0.5
+    assert load_config("ppo", ["data.budget.ppo_updates=7"]).updates == 7
+    sizes = load_config("rm", ["data.max_prompt_tokens=10", "data.max_response_tokens=5"])
+    assert sizes.max_length == 15
+    ppo = load_config("ppo", ["name=mine", "runs=/somewhere"])
+    assert (ppo.policy, ppo.critic) == ("/somewhere/mine/sft/model", "/somewhere/mine/rm/model")
+    assert ppo.reward == {"kind": "model", "path": "/somewhere/mine/rm/model"}
+
+
+def test_reward_model_reads_the_data_sets_own_lists_else_what_collect_wrote() -> None:
+    assert load_config("rm", ["name=n", "runs=/r"]).ranked.train == "/r/n/collect/ranked.jsonl"
+    assert load_config("rm", ["data.ranked.train=mine.jsonl"]).ranked.train == "mine.jsonl"
+    own = load_config("rm", ["data.ranked.train={path: p, split: train}"])
+    assert own.ranked.train == {"path": "p", "split": "train"}
+
+
+@pytest.mark.parametrize(
+    ("word", "path", "name"),
+    [
+        ("model=gpt2", "gpt2", "gpt2"),
+        ("model=EleutherAI/pythia-70m", "EleutherAI/pythia-70m", "pythia-70m"),
+        ("model=./my models/é (1)", "./my models/é (1)", "é (1)"),
+        ("model.path=gpt2", "gpt2", "gpt2"),
+        ("model.path=smolm2", "smolm2", "smolm2"),
+    ],
+)
+def test_any_model_works_in_the_same_key(word: str, path: str, name: str) -> None:
+    config = load_config("sft", [word])
+    assert (config.model.path, config.model.name) == (path, name)
+    assert config.name == f"{name}-film_reviews"
+
+
+def test_relative_runs_lie_where_the_user_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("ppo", ["runs=r", "name=n"]).policy == str(tmp_path / "r" / "n" / "sft" / "model")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a b",
+        "it's",
+        'say "hi"',
+        "a=b",
+        "{x}",
+        "[1",
+        "(1)",
+        "é 中文 😀",
+        "a,b",
+        "x#y",
+        "~/x",
+        "C:\\x",
+        "1e-3",
+        "true",
+        "a: b",
+    ],
+)
+def test_a_text_survives_as_it_stands(text: str) -> None:
+    assert load_config("sft", [f"name={text}"]).name == text
+    assert load_config("sft", [f"model.system_prompt={text}"]).model.system_prompt == text
+
+
+@pytest.mark.parametrize(
+    "path", ["a b.jsonl", "it's.jsonl", "x=1 (2).jsonl", "é.jsonl", "~/x.jsonl", "a,b.jsonl"]
+)
+def test_a_source_path_survives_as_it_stands(path: str) -> None:
+    assert load_config("sft", [f"data.demonstrations.train={path}"]).data.demonstrations.train == path
+
+
+def test_quotes_around_a_value_are_not_part_of_it() -> None:
+    assert load_config("sft", ["name='a b'"]).name == "a b"
+    assert load_config("sft", ['data.demonstrations.train="a b"']).data.demonstrations.train == "a b"
+
+
+def test_systems_are_replaced_as_a_whole_and_changed_one_by_one() -> None:
+    mine = load_config("evaluate", ["systems={mine: /a (b)/c, theirs: gpt2}"])
+    assert mine.systems == {"mine": "/a (b)/c", "theirs": "gpt2"}
+    more = load_config("evaluate", ["systems.more=/x y", "systems.sft.best_of=2", "runs=/r", "name=n"])
+    assert more.systems["more"] == "/x y"
+    assert more.systems["sft"] == {"path": "/r/n/sft/model", "best_of": 2}
+    assert list(more.systems)[:2] == ["base", "sft"]
+
+
+def test_scorers_are_replaced_as_a_whole_and_changed_by_key() -> None:
+    config = load_config("ppo", ["reward={kind: function, function: my.py:score}"])
+    assert config.reward == {"kind": "function", "function": "my.py:score"}
+    assert load_config("ppo", ["reward.path=/a b"]).reward == {"kind": "model", "path": "/a b"}
+    assert load_config("evaluate", ["proxy=null", "gold=null"]).proxy is None
+    assert load_config("evaluate", ["reward=function", "reward.function=m:f"]).proxy["function"] == "m:f"
+
+
+def test_a_part_can_be_given_as_a_mapping() -> None:
+    kl = load_config("ppo", ["kl={controller: adaptive, coef: 1e-2}"]).kl
+    assert (kl.controller, kl.coef, kl.horizon) == ("adaptive", 0.01, 10000)
+
+
+def test_a_path_source_takes_further_fields() -> None:
+    config = load_config("sft", ["data.demonstrations.train=x.jsonl", "data.demonstrations.train.limit=5"])
+    assert config.data.demonstrations.train == {"path": "x.jsonl", "limit": 5}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_saved_configuration_reloads_equal(stage: str, tmp_path: Path) -> None:
+    config = load_config(stage, ["model=tiny", "data=toy", "name=é 'x'", "seed=3"])
+    (tmp_path / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+    assert read_config(stage, tmp_path / "config.yaml") == config
+
+
+def test_changed_keys_are_named_in_full() -> None:
+    one = load_config("ppo", ["kl.coef=0.1", "resume=true"])
+    assert changed_keys(one, load_config("ppo", ["seed=2"])) == ["seed", "kl.coef"]
+
+
+MISTAKES = [
+    ("sft", ["lerning_rate=1"], "lerning_rate is not a key of stage sft; did you mean learning_rate?"),
+    ("ppo", ["coef=1"], "did you mean kl.coef?"),
+    ("ppo", ["kl.coeff=1"], "did you mean kl.coef?"),
+    ("sft", ["adapter.rank=1"], "adapter.rank is not a key"),
+    ("sft", ["kl.coef=1"], "kl.coef is not a key of stage sft, but of ppo"),
+    ("sft", ["ppo.kl.coef=1"], "ppo.<key> is for stage=ppo or stage=all"),
+    ("sft", ["reward=model"], "reward is not a key of stage sft, but of ppo, evaluate"),
+    ("ppo", ["kl={coefficient: 1}"], "did you mean kl.coef?"),
+    ("ppo", ["kl=3"], "kl=3: it has keys of its own, for instance kl.controller=..."),
+    ("sft", ["seed"], "'seed' is not key=value"),
+    ("sft", ["=3"], "'=3' is not key=value"),
+    ("sft", ["adapter.r=abc"], "adapter.r=abc: a whole number is expected"),
+    ("sft", ["seed=1.5"], "seed=1.5: a whole number is expected"),
+    ("sft", ["epochs=many"], "epochs=many: a number is expected"),
+    ("sft", ["packing=maybe"], "packing=maybe: true or false is expected"),
+    ("sft", ["name=null"], "name=null: a text is expected"),
+    ("sft", ["name="], "name= is empty"),
+    ("sft", ["adapter=lor"], "adapter=lor: did you mean lora? choices are int8, lora, none, qlora"),
+    ("sft", ["model=smolm2"], "model=smolm2: did you mean smollm2? choices are"),
+    ("sft", ["model=path"], "model.path has no value: give model.path=..."),
+    ("ppo", ["reward=function"], "reward.function has no value: give reward.function=..."),
+    ("sft", ["tracker=tensorbord"], "tracker=tensorbord: one of tensorboard, wandb, trackio, none"),
+    ("sft", ["engine.dtype=bf16"], "engine.dtype=bf16: one of auto, float32, bfloat16"),
+    ("sft", ["data.on_bad_row=ignore"], "data.on_bad_row=ignore: one of stop, skip"),
+    ("sft", ["batch_size=0"], "batch_size=0: a number that is at least 1 is expected"),
+    ("sft", ["learning_rate=-1"], "learning_rate=-1.0: a number that is not negative is expected"),
+    ("ppo", ["temperature=0"], "temperature=0.0: a number that is above 0 is expected"),
+    ("ppo", ["gae.lam=2"], "gae.lam=2.0: a number from 0 to 1 is expected"),
+    ("collect", ["samples_per_prompt=1"], "samples_per_prompt=1: ranking needs at least 2"),
+    ("sft", ["overwrite=true", "resume=true"], "contradict each other"),
+    (
+        "sft",
+        ["data.demonstrations.train={pth: x}"],
+        "data.demonstrations.train.pth is not a key; did you mean path?",
+    ),
+    ("sft", ["data.demonstrations.train={split: x}"], "path is missing"),
+    ("sft", ["data.demonstrations.train=3"], "data.demonstrations.train=3: give a path"),
+    ("sft", ["data.demonstrations.train=[a, 3]"], "data.demonstrations.train[1]=3: give a path"),
+    (
+        "sft",
+        ["data.demonstrations.train=[a]", "data.demonstrations.train.limit=3"],
+        "is a list; give it as a whole",
+    ),
+    ("sft", ["data.demonstrations.train={a: ["], "not a list or mapping"),
+    ("ppo", ["reward.kind=modle"], "reward.kind='modle': one of model, classifier, function, sum"),
+    ("ppo", ["reward.pth=x"], "reward.pth is not a key; did you mean path?"),
+    ("ppo", ["reward={kind: function}"], "reward.function is missing: kind=function needs it"),
+    ("ppo", ["reward={kind: sum, parts: x}"], "reward.parts='x': give a list of scorers"),
+    ("ppo", ["reward={kind: sum, parts: [{kind: model, path: x}]}"], "reward.parts[0]"),
+    ("evaluate", ["systems={}"], "systems={}: give at least one"),
+    ("evaluate", ["systems={a: 3}"], "systems.a=3: give a path"),
+    (
+        "evaluate",
+        ["systems={a: {path: x, bestof: 3}}"],
+        "systems.a.bestof is not a key; did you mean best_of?",
+    ),
+    ("evaluate", ["systems={a: {path: x, decoding: {temp: 3}}}"], "did you mean temperature?"),
+    ("evaluate", ["baseline=sftt"], "baseline=sftt: not one of the systems"),
+    ("sft", ["name=${nope}"], "name: Interpolation key 'nope' not found"),
+    ("sfr", [], "stage=sfr: did you mean sft?"),
+]
+
+
+@pytest.mark.parametrize(("stage", "words", "message"), MISTAKES)
+def test_a_mistake_is_answered_with_key_value_and_remedy(stage: str, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        load_config(stage, words)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_saved_configuration_with_other_keys_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("old_key: 1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.yaml is not a configuration of stage sft: old_key"):
+        read_config("sft", path)
+
+
+def test_a_key_goes_to_every_stage_that_has_it_and_a_stages_key_to_that_stage() -> None:
+    taken = split_overrides(["seed=2", "kl.coef=0.1", "sft.learning_rate=1", "samples_per_prompt=3"])
+    assert taken == {
+        "sft": ["seed=2", "sft.learning_rate=1"],
+        "collect": ["seed=2", "samples_per_prompt=3"],
+        "rm": ["seed=2"],
+        "ppo": ["seed=2", "kl.coef=0.1"],
+        "evaluate": ["seed=2"],
+    }
+    assert load_config("sft", taken["sft"]).learning_rate == 1.0
+    with pytest.raises(ValueError, match=r"kl\.coeff is not a key of any stage; did you mean kl\.coef\?"):
+        split_overrides(["kl.coeff=1"])
+
+
+def test_nothing_is_guessed_from_afar() -> None:
+    assert nearest("zzz", all_keys("sft")) is None
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 10,
+    "hidden_size": 4,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 8,
+    "tie_word_embeddings": True,
+}
+# a layer: q, o 4x4 and k, v 4x2 are 48, three 4x8 are 96; two layers 288; one embedding 10x4 = 40
+GPT2 = {"model_type": "gpt2", "vocab_size": 10, "n_embd": 4, "n_layer": 2, "n_head": 2, "n_positions": 5}
+# a layer: four 4x4 are 64, two 4x16 are 128; two layers 384; embedding 40, positions 20
+NEOX = {**LLAMA, "model_type": "gpt_neox", "num_key_value_heads": None, "tie_word_embeddings": False}
+# a layer: four 4x4 are 64, two 4x8 are 64; two layers 256; two embeddings 80
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"), [(LLAMA, 328), (GPT2, 444), (NEOX, 336), ({"text_config": LLAMA}, 328)]
+)
+def test_parameters_are_counted_from_the_config_alone(config: dict, parameters: int) -> None:
+    shape = estimate.read_shape(config)
+    assert shape is not None
+    assert shape.parameters == parameters
+
+
+def test_a_config_without_sizes_is_not_guessed() -> None:
+    assert estimate.read_shape({"model_type": "unheard_of"}) is None
+
+
+def test_lora_parameters_by_hand() -> None:
+    shape = estimate.read_shape(LLAMA)
+    assert shape is not None
+    # a layer and rank: q, o 4+4 each, k, v 4+2 each, three times 4+8: 16 + 12 + 36 = 64
+    assert shape.lora_parameters(3) == 2 * 3 * 64
+
+
+def test_the_estimate_shrinks_with_adapters_and_bits_and_admits_what_it_cannot_know() -> None:
+    def memory(*words: str) -> float:
+        config = load_config("ppo", list(words))
+        shape = estimate.read_shape(estimate.SMOLLM2)
+        assert shape is not None
+        return sum(estimate._memory("ppo", config, shape).values())
+
+    assert memory("adapter=qlora") < memory("adapter=int8") < memory("adapter=lora") < memory("adapter=none")
+    lines = estimate.estimate("sft", load_config("sft", ["model=nobody/has-this"]))
+    assert "memory is unknown" in lines[0]
+    assert "unknown kind" not in lines[0]
+
+
+def test_ppo_work_counts_every_pass() -> None:
+    words = [
+        "updates=3",
+        "batch_size=2",
+        "epochs=1",
+        "data.max_prompt_tokens=4",
+        "data.max_response_tokens=6",
+    ]
+    # 1 sampling + 4 scoring + 6 learning passes over 3 x 2 episodes of 10 tokens
+    assert estimate.tokens_to_process("ppo", load_config("ppo", words)) == 11 * 60
+
+
+def test_configuration_loads_no_heavy_library() -> None:
+    program = (
+        "import sys; from rlhf.config import load_config; load_config('ppo', []); import rlhf.estimate, stages.show;"
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=PROJECT_DIR, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
