@@ -89,7 +89,7 @@ install() {
   if [ "$owner" = user ] && imports_are_there "$need"; then return; fi
   [ "$need" = dev ] && extras='.[dev]'
 
-  say "installing into $environment (once; about 2 GB with torch)"
+  say "installing into $environment (once; some minutes and gigabytes, most of them torch)"
   log=$environment/rlhf-pipeline-install.log
   pins=$environment/rlhf-pipeline-pins.txt
   write_pins >"$pins"

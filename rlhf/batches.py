@@ -25,20 +25,19 @@ class PromptBatch:
         _check(self.attention_mask.dtype == torch.bool, "attention_mask is not boolean")
         _check(bool(self.attention_mask[:, -1].all()), "prompts are not padded on the left")
 
-    def repeat(self, times: int) -> PromptBatch:
-        """Repeat every prompt `times` times, copies of one prompt next to each other: (B * times, P)."""
-        return PromptBatch(
-            self.tokens.repeat_interleave(times, dim=0), self.attention_mask.repeat_interleave(times, dim=0)
-        )
-
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts with sampled responses: tokens (B, L), attention_mask (B, L), response_mask (B, R), EOS included."""
+    """Prompts with sampled responses: tokens (B, L), attention_mask (B, L), response_mask (B, R), EOS included.
+
+    `behaviour_logprobs` (B, R), from the sampler alone, are the log-probs of the tokens under the distribution that they
+    were drawn from, decoding penalties included; 0 off the response.
+    """
 
     tokens: Tensor
     attention_mask: Tensor
     response_mask: Tensor
+    behaviour_logprobs: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check(self.tokens.shape == self.attention_mask.shape, "tokens and attention_mask differ in shape")
@@ -65,7 +64,16 @@ class Rollout:
 
     def rows(self, index: Tensor) -> Rollout:
         """Select rows and drop the padding columns that none of them needs."""
-        return _trim(self.tokens[index], self.attention_mask[index], self.response_mask[index])
+        attention_mask, response_mask = self.attention_mask[index], self.response_mask[index]
+        first = int(attention_mask[:, : self.prompt_length].int().argmax(1).min())
+        width = int(response_mask.sum(1).max())
+        stop = self.prompt_length + width
+        return Rollout(
+            self.tokens[index, first:stop],
+            attention_mask[:, first:stop],
+            response_mask[:, :width],
+            None if self.behaviour_logprobs is None else self.behaviour_logprobs[index, :width],
+        )
 
 
 @dataclass(frozen=True)
@@ -112,33 +120,31 @@ def left_pad(prompts: list[list[int]], pad_token_id: int, device: torch.device |
     return PromptBatch(tokens.to(device), mask.to(device))
 
 
-def join(prompts: PromptBatch, responses: list[list[int]], pad_token_id: int) -> Rollout:
-    """Attach given responses (EOS included) to their prompts."""
+def join(
+    prompts: PromptBatch, responses: list[list[int]], pad_token_id: int, logprobs: list[list[float]] | None = None
+) -> Rollout:
+    """Attach given responses (EOS included), and the log-probs of their tokens, to their prompts."""
     width = max(len(tokens) for tokens in responses)
     tokens = torch.full((len(responses), width), pad_token_id, dtype=torch.long)
-    mask = torch.zeros((len(responses), width), dtype=torch.bool)
+    behaviour = torch.zeros((len(responses), width))
     for row, response in enumerate(responses):
         tokens[row, : len(response)] = torch.tensor(response, dtype=torch.long)
-        mask[row, : len(response)] = True
+        if logprobs is not None:
+            behaviour[row, : len(response)] = torch.tensor(logprobs[row])
+    lengths = torch.tensor([len(response) for response in responses])
     device = prompts.tokens.device
-    tokens, mask = tokens.to(device), mask.to(device)
+    mask = (torch.arange(width) < lengths.unsqueeze(1)).to(device)
     return Rollout(
-        torch.cat([prompts.tokens, tokens], 1), torch.cat([prompts.attention_mask, mask], 1), response_mask=mask
+        torch.cat([prompts.tokens, tokens.to(device)], 1),
+        torch.cat([prompts.attention_mask, mask], 1),
+        mask,
+        None if logprobs is None else behaviour.to(device),
     )
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Positions (B, L) that count real tokens only, so that left padding does not shift a model's positions."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _trim(tokens: Tensor, attention_mask: Tensor, response_mask: Tensor) -> Rollout:
-    prompt_length = tokens.shape[1] - response_mask.shape[1]
-    first = int(attention_mask[:, :prompt_length].int().argmax(1).min())
-    stop = prompt_length + int(response_mask.sum(1).max())
-    return Rollout(
-        tokens[:, first:stop], attention_mask[:, first:stop], response_mask=response_mask[:, : stop - prompt_length]
-    )
 
 
 def _check(condition: bool, message: str) -> None:

@@ -215,8 +215,8 @@ def _open_path(config: DictConfig, key: str) -> None:
         if isinstance(value, ListConfig):
             raise ValueError(f"{key}: {above} is a list; give it as a whole, for instance {above}='[...]'")
         if isinstance(value, str):
-            as_written = OmegaConf.to_container(parent, resolve=False)[part]  # may refer to keys set later
-            OmegaConf.update(config, above, {"path": as_written}, merge=False)
+            as_written: Any = OmegaConf.to_container(parent, resolve=False)  # may refer to keys set later
+            OmegaConf.update(config, above, {"path": as_written[part]}, merge=False)
         elif isinstance(value, DictConfig) and OmegaConf.is_interpolation(parent, part):
             OmegaConf.update(config, above, copy.deepcopy(value), merge=False)
         parent = OmegaConf.select(config, above)

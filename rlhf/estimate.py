@@ -180,7 +180,8 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
         kept = 1 if config.gradient_checkpointing else 12 + 4 * shape.inner / shape.hidden
         parts["activations"] = micro_tokens * shape.layers * shape.hidden * kept * number_bytes
         if stage != "rm":
-            parts["logits"] = micro_tokens * shape.vocab * (number_bytes + 8)
+            scored = micro_rows * config.data.max_response_tokens if stage == "ppo" else micro_tokens
+            parts["logits"] = scored * shape.vocab * (number_bytes + 8)
     if isinstance(config, PPOConfig) or not trains:
         parts["sampling cache"] = tokens * shape.layers * 2 * shape.key_value * number_bytes
     return {name: value for name, value in parts.items() if value}

@@ -71,7 +71,7 @@ def _jsonl_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
             yield number, error
             continue
         if line.strip():
-            yield number, _parse(line)
+            yield number, _parse(line.rstrip("\r\n"))
 
 
 def _json_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:

@@ -46,7 +46,8 @@ def main(overrides):
     config = load_config("STAGE", overrides)
     folder = Path(config.runs) / config.name / "STAGE"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "called.json").write_text(json.dumps({"words": overrides, "cwd": os.getcwd(), "path": sys.path}))
+    called = {"words": overrides, "cwd": os.getcwd(), "path": sys.path}
+    (folder / "called.json").write_text(json.dumps(called))
     if config.seed == 13:
         raise ValueError("seed=13: unlucky")
     while config.seed == 99:

@@ -333,7 +333,7 @@ def test_ppo_work_counts_every_pass() -> None:
 
 def test_configuration_loads_no_heavy_library() -> None:
     program = (
-        "import sys; from rlhf.config import load_config; load_config('ppo', []); import rlhf.estimate, stages.show;"
+        "import sys, rlhf.estimate, stages.show; from rlhf.config import load_config; load_config('ppo', []);"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=PROJECT_DIR, capture_output=True, text=True)

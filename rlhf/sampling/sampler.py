@@ -61,32 +61,42 @@ def sample(
     assert uniforms.shape == (len(prompts), decoding.max_new_tokens), uniforms.shape
     batch = left_pad(prompts, pad_token_id, device=model.device)
     responses: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
     loop = _Loop(model, batch)
     uniforms = uniforms.to(model.device)
     for step in range(decoding.max_new_tokens):
         logits = loop.next_logits()
-        chosen = choose_tokens(logits, uniforms[loop.rows, step], decoding, [responses[r] for r in loop.rows.tolist()])
-        ended = chosen == eos_token_id
-        for row, token in zip(loop.rows.tolist(), chosen.tolist(), strict=True):
+        rows = loop.rows.tolist()
+        chosen, chosen_logprobs = choose_tokens(
+            logits, uniforms[loop.rows, step], decoding, [responses[row] for row in rows]
+        )
+        for row, token, logprob in zip(rows, chosen.tolist(), chosen_logprobs.tolist(), strict=True):
             if not responses[row] or responses[row][-1] != eos_token_id:
                 responses[row].append(token)
-        loop.advance(chosen, ended)
+                logprobs[row].append(logprob)
+        loop.advance(chosen, chosen == eos_token_id)
         if loop.all_ended():
             break
-    return join(batch, responses, pad_token_id)
+    return join(batch, responses, pad_token_id, logprobs)
 
 
-def choose_tokens(logits: Tensor, uniforms: Tensor, decoding: Decoding, responses: list[list[int]]) -> Tensor:
-    """Choose the next tokens (B,) from logits (B, V): arg-max, or inversion of the cumulative distribution at `uniforms`."""
+def choose_tokens(
+    logits: Tensor, uniforms: Tensor, decoding: Decoding, responses: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Choose the next tokens (B,) from logits (B, V), and their log-probs (B,) under the distribution drawn from.
+
+    Arg-max (log-prob 0), or inversion of the cumulative distribution at `uniforms`.
+    """
     logits = logits.float()
     if decoding.repetition_penalty != 1.0:
         logits = penalise_repetition(logits, responses, decoding.repetition_penalty)
     if decoding.greedy:
-        return logits.argmax(-1)
+        return logits.argmax(-1), torch.zeros_like(logits[:, 0])
     probabilities = torch.softmax(_truncated(logits / decoding.temperature, decoding), dim=-1)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, targets, right=True).clamp(max=logits.shape[-1] - 1)
+    return tokens.squeeze(-1), probabilities.gather(-1, tokens).squeeze(-1).log()
 
 
 def penalise_repetition(logits: Tensor, responses: list[list[int]], penalty: float) -> Tensor:

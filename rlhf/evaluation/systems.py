@@ -1,0 +1,127 @@
+"""The systems that are compared: a checkpoint with a way of decoding, and its samples on the evaluation prompts.
+
+P prompts, R response positions. All systems see the same prompts, the same length limit and the same random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.batches import Rollout, join, left_pad
+from rlhf.checkpoint import write_text
+from rlhf.engine import Engine
+from rlhf.models.forward import response_logprobs
+from rlhf.records import PromptRecord
+from rlhf.rewards import checked_scores
+from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.text import TextCodec
+
+
+@dataclass(frozen=True)
+class System:
+    """A checkpoint (folder or hub name), how it decodes, and whether the best of n samples is taken."""
+
+    name: str
+    path: str
+    decoding: Decoding
+    best_of: int = 1
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One response of a system: its text and tokens, and its log-prob under the way it was decoded."""
+
+    prompt: Any
+    response: str
+    tokens: list[int]
+    ended: bool
+    logprob: float
+
+
+def build_systems(specs: dict[str, Any], decoding: Decoding) -> list[System]:
+    """Systems from the `systems` key: a path, or {path, decoding: {...}, best_of: n} on top of the common decoding."""
+    systems = []
+    for name, spec in specs.items():
+        spec = {"path": spec} if isinstance(spec, str) else spec
+        own = replace(decoding, **(spec.get("decoding") or {}))
+        systems.append(System(name, spec["path"], own, int(spec.get("best_of") or 1)))
+    return systems
+
+
+def generate(  # noqa: PLR0913 (a system with its model, text rules and device, and what it answers)
+    system: System,
+    model: Any,
+    codec: TextCodec,
+    engine: Engine,
+    records: Sequence[PromptRecord],
+    *,
+    proxy: Any,
+    batch_size: int,
+    seed: int,
+    bar: Any,
+) -> list[Generation]:
+    """One response of a system to each prompt; with `best_of` the one that the proxy scores highest."""
+    if system.best_of > 1 and proxy is None:
+        raise ValueError(f"systems.{system.name}: best_of={system.best_of} needs a proxy to choose by; set proxy=")
+    chosen: list[Generation] = []
+    per_batch = max(1, batch_size // system.best_of)
+    for start in range(0, len(records), per_batch):
+        batch = [record for record in records[start : start + per_batch] for _ in range(system.best_of)]
+        uniforms = draw_uniforms(len(batch), system.decoding.max_new_tokens, seed * 1_000_003 + start)
+        with engine.autocast():
+            rollout = sample(
+                model,
+                [codec.encode_prompt(record.prompt) for record in batch],
+                system.decoding,
+                eos_token_id=codec.eos_token_id,
+                pad_token_id=codec.pad_token_id,
+                uniforms=uniforms,
+            )
+        found = _generations(batch, rollout, codec)
+        if system.best_of > 1:
+            scores = checked_scores(proxy, [g.prompt for g in found], [g.response for g in found])
+            best = scores.view(-1, system.best_of).argmax(1)
+            found = [found[i * system.best_of + int(b)] for i, b in enumerate(best)]
+        chosen += found
+        bar.update(len(found))
+    return chosen
+
+
+def _generations(records: Sequence[PromptRecord], rollout: Rollout, codec: TextCodec) -> list[Generation]:
+    assert rollout.behaviour_logprobs is not None
+    logprobs = rollout.behaviour_logprobs.sum(1).tolist()
+    return [
+        Generation(record.prompt, codec.decode_response(tokens), tokens, tokens[-1] == codec.eos_token_id, logprob)
+        for record, tokens, logprob in zip(records, rollout.responses(), logprobs, strict=True)
+    ]
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: Any, codec: TextCodec, engine: Engine, generations: Sequence[Generation], *, temperature: float, batch_size: int
+) -> list[float]:
+    """Log-probs (P,) of whole responses under a reference policy with the same tokenizer."""
+    totals: list[float] = []
+    for start in range(0, len(generations), batch_size):
+        batch = generations[start : start + batch_size]
+        prompts = left_pad([codec.encode_prompt(g.prompt) for g in batch], codec.pad_token_id, device=engine.device)
+        rollout = join(prompts, [g.tokens for g in batch], codec.pad_token_id)
+        with engine.autocast():
+            totals += response_logprobs(model, rollout, temperature=temperature).sum(1).tolist()
+    return totals
+
+
+def save_generations(path: Path, generations: Sequence[Generation]) -> None:
+    """Write a system's generations, whole or not at all."""
+    write_text(path, "".join(json.dumps(asdict(g), ensure_ascii=False) + "\n" for g in generations))
+
+
+def load_generations(path: Path) -> list[Generation]:
+    """Read what `save_generations` wrote."""
+    return [Generation(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,135 @@
+"""stage=evaluate: base, SFT, its decoding variants, best-of-n and PPO on unseen prompts, scored by proxy and gold."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import find_parent
+from rlhf.engine import build_engine, seed_everything
+from rlhf.evaluation.compare import Scored, compare, summarise, verdict
+from rlhf.evaluation.report import print_table, write_report
+from rlhf.evaluation.systems import (
+    System,
+    build_systems,
+    generate,
+    load_generations,
+    reference_logprobs,
+    save_generations,
+)
+from rlhf.metrics import progress
+from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters, same_tokenizer
+from rlhf.rewards import build_scorer, checked_scores
+from stages.collect import decoding_of
+from stages.common import Stage, resolved
+
+
+def main(overrides: list[str]) -> None:
+    """Write report.json, report.md and plots, and print the table."""
+    stage = Stage("evaluate", overrides)
+    config, folder = stage.config, stage.folder
+    seed_everything(config.seed)
+    systems = build_systems(config.systems, decoding_of(config.decoding, config.data.max_response_tokens))
+    systems = [System(s.name, resolved(s.path), s.decoding, s.best_of) for s in systems]
+    parents = [find_parent(f"systems.{s.name}", s.path, kind="policy", force=config.force) for s in systems]
+    baseline = config.baseline or ("sft" if "sft" in config.systems else systems[0].name)
+    reference = resolved(config.reference or next(s.path for s in systems if s.name == baseline))
+    prompts = stage.read(config.data.prompts.evaluate, "prompts", "data.prompts.evaluate", limit=config.num_prompts)
+    warn_of_seen_prompts(stage, prompts)
+    engine = build_engine(config.engine, num_parameters(reference))
+    proxy, gold = (optional_scorer(key, getattr(config, key), config, engine) for key in ("proxy", "gold"))
+    if proxy is None and gold is None:
+        raise ValueError("neither proxy nor gold can score: set one of them, for instance gold='{kind: function, function: file.py:f}'")
+
+    generations = sample_all(stage, systems, prompts, engine, proxy)
+    scored = score_all(config, systems, generations, reference, engine, (proxy, gold))
+    options = {"num_bootstrap": config.bootstrap, "seed": config.seed}
+    report: dict[str, Any] = {
+        "name": config.name,
+        "num_prompts": len(prompts),
+        "baseline": baseline,
+        "reference": reference,
+        "proxy": proxy and proxy.name,
+        "gold": gold and gold.name,
+        "preferences_simulated": (config.gold or {}).get("kind") == "classifier",
+        "systems": {each.system.name: summarise(each, **options) for each in scored},
+        **compare(scored, baseline, **options),
+        "command": shlex.join(["./launch.sh", "stage=evaluate", *overrides]),
+    }
+    report["verdict"] = verdict(report)
+    record = folder.finish(
+        "report", parents=parents, checks=[], results=report["systems"], seconds=stage.seconds, **stage.facts
+    )
+    report["versions"] = record["versions"]
+    ppo = next((s.path for s in systems if s.name == "ppo"), systems[-1].path)
+    write_report(folder.path, report, scored, curves=Path(ppo).parent / "metrics.jsonl", num_samples=config.num_samples)
+    folder.drop_states()
+    print_table(report)
+    print(f"{report['verdict']}\nreport: {folder.path / 'report.md'} ({stage.seconds:.0f} s)")
+
+
+def warn_of_seen_prompts(stage: Stage, prompts: Any) -> None:
+    """Report evaluation prompts that a training set of this run holds too."""
+    data = stage.config.data
+    sources = {
+        "data.demonstrations.train": (data.demonstrations.train, "demonstrations"),
+        "data.prompts.ppo": (data.prompts.ppo, "prompts"),
+    }
+    for key, (source, kind) in sources.items():
+        if source is not None and source != data.prompts.evaluate:
+            stage.warn_of_overlap(key, stage.read(source, kind, key), "data.prompts.evaluate", prompts)
+
+
+def optional_scorer(key: str, spec: dict[str, Any] | None, config: Any, engine: Any) -> Any | None:
+    """The scorer of `proxy` or `gold`; None where it is null, or is this run's own and the run has not made it."""
+    if spec is None or (spec["kind"] == "classifier" and spec.get("train") is None):
+        return None
+    if spec["kind"] == "model" and spec["path"].startswith(config.runs) and not Path(spec["path"]).exists():
+        print(f"no {key} score: {spec['path']} does not exist", flush=True)
+        return None
+    return build_scorer(spec, config, engine)
+
+
+def sample_all(stage: Stage, systems: list[System], prompts: Any, engine: Any, proxy: Any) -> dict[str, Any]:
+    """The generations of every system; those that an interrupted run finished are read back."""
+    config, store = stage.config, stage.folder.path / "state"
+    store.mkdir(exist_ok=True)
+    bar = progress(len(systems) * len(prompts), unit="response", description="evaluate")
+    generations = {}
+    loaded: tuple[str, Any] = ("", None)
+    for system in systems:
+        path = store / f"{system.name}.jsonl"
+        if not path.exists():
+            if loaded[0] != system.path:
+                loaded = (system.path, load_causal_lm(system.path, load_options(config.model, engine, trained=False)))
+            codec = load_codec(system.path, config.data)
+            found = generate(
+                system, loaded[1], codec, engine, prompts, proxy=proxy, batch_size=config.batch_size, seed=config.seed, bar=bar
+            )
+            save_generations(path, found)
+        generations[system.name] = load_generations(path)
+    bar.close()
+    return generations
+
+
+def score_all(
+    config: Any, systems: list[System], generations: dict[str, Any], reference: str, engine: Any, scorers: tuple[Any, Any]
+) -> list[Scored]:
+    """Proxy and gold scores of all generations, and their log-ratios to the reference policy."""
+    model = load_causal_lm(reference, load_options(config.model, engine, trained=False))
+    codec = load_codec(reference, config.data)
+    results = []
+    for system in systems:
+        rows = generations[system.name]
+        prompts, texts = [g.prompt for g in rows], [g.response for g in rows]
+        proxy, gold = (None if s is None else checked_scores(s, prompts, texts).tolist() for s in scorers)
+        ratios = None
+        if same_tokenizer(system.path, reference):
+            temperature = config.decoding.temperature
+            logprobs = reference_logprobs(
+                model, codec, engine, rows, temperature=temperature, batch_size=config.batch_size
+            )
+            ratios = [g.logprob - logprob for g, logprob in zip(rows, logprobs, strict=True)]
+        results.append(Scored(system, rows, proxy, gold, ratios))
+    return results
