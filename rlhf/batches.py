@@ -1,8 +1,8 @@
 """The tensors that flow between the phases of the pipeline, each field's shape stated and checked.
 
-B sequences, P prompt positions, R response positions, L = P + R. Prompts are padded on the left, responses on the right;
-masks are boolean and true on real tokens. Position t of a (B, R) tensor is the t-th generated token everywhere:
-`logprobs[t]` scores it, `values[t]` belongs to the state before it.
+B sequences, P prompt positions, R response positions, L = P + R. Prompts are padded on the left, responses on
+the right; masks are boolean and true on real tokens. Position t of a (B, R) tensor is the t-th generated
+token everywhere: `logprobs[t]` scores it, `values[t]` belongs to the state before it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts with sampled responses: tokens (B, L), attention_mask (B, L), response_mask (B, R), EOS included.
+    """Prompts with sampled responses: tokens (B, L), attention_mask (B, L), response_mask (B, R), EOS
+    included.
 
-    `behaviour_logprobs` (B, R), from the sampler alone, are the log-probs of the tokens under the distribution that they
-    were drawn from, decoding penalties included; 0 off the response.
+    `behaviour_logprobs` (B, R), from the sampler alone, are the log-probs of the tokens under the
+    distribution that they were drawn from, decoding penalties included; 0 off the response.
     """
 
     tokens: Tensor
@@ -61,6 +62,10 @@ class Rollout:
         """The generated tokens of each row without padding, EOS included."""
         rows = zip(self.response_tokens.tolist(), self.response_mask.sum(1).tolist(), strict=True)
         return [tokens[:length] for tokens, length in rows]
+
+    def sequences(self) -> list[list[int]]:
+        """Prompt and response tokens of each row without padding."""
+        return [row[mask].tolist() for row, mask in zip(self.tokens, self.attention_mask, strict=True)]
 
     def rows(self, index: Tensor) -> Rollout:
         """Select rows and drop the padding columns that none of them needs."""
@@ -121,7 +126,10 @@ def left_pad(prompts: list[list[int]], pad_token_id: int, device: torch.device |
 
 
 def join(
-    prompts: PromptBatch, responses: list[list[int]], pad_token_id: int, logprobs: list[list[float]] | None = None
+    prompts: PromptBatch,
+    responses: list[list[int]],
+    pad_token_id: int,
+    logprobs: list[list[float]] | None = None,
 ) -> Rollout:
     """Attach given responses (EOS included), and the log-probs of their tokens, to their prompts."""
     width = max(len(tokens) for tokens in responses)
@@ -143,7 +151,9 @@ def join(
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions (B, L) that count real tokens only, so that left padding does not shift a model's positions."""
+    """Positions (B, L) that count real tokens only, so that left padding does not shift a model's
+    positions.
+    """
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 

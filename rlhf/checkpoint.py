@@ -1,8 +1,10 @@
 """Stage folders: what a stage leaves behind, who its parents were, and the state that resuming needs.
 
-    runs/<name>/<stage>/  model/  adapter/  stage.json (written last)  config.yaml  metrics.jsonl  state/step_N/
+    runs/<name>/<stage>/  model/  adapter/  stage.json (written last)  config.yaml  metrics.jsonl
+    state/step_N/
 
-Every file and folder appears by rename when it is complete, so a killed run leaves the old one or the new one.
+Every file and folder appears by rename when it is complete, so a killed run leaves the old one or the new
+one.
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ class StageFolder:
     def prepare(self, resolved_config: str, *, overwrite: bool, resume: bool) -> Path | None:
         """Make the folder ready for a run and return the state to resume from, if any.
 
-        Raises ValueError where the stage is finished, was interrupted and nothing was said, or is resumed with settings
-        that differ from those it began with.
+        Raises ValueError where the stage is finished, was interrupted and nothing was said, or is resumed
+        with settings that differ from those it began with.
         """
         if overwrite:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -77,18 +79,23 @@ class StageFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", resolved_config)
         except OSError as error:
-            raise ValueError(f"cannot write to {self.path} ({error.strerror}); set runs= to another folder") from error
+            raise ValueError(
+                f"cannot write to {self.path} ({error.strerror}); set runs= to another folder"
+            ) from error
         return state
 
     def latest_state(self) -> Path | None:
-        """The newest complete state: step_N of this project, checkpoint-N of transformers' Trainer, or partial.jsonl."""
+        """The newest complete state: step_N of this project, checkpoint-N of transformers' Trainer, or
+        partial.jsonl.
+        """
         partial = self.path / "state" / "partial.jsonl"
         if partial.exists():
             return partial
         folders = [
             path
             for path in (self.path / "state").glob("*[-_]*")
-            if _step(path) is not None and (path.name.startswith("step_") or (path / "trainer_state.json").exists())
+            if _step(path) is not None
+            and (path.name.startswith("step_") or (path / "trainer_state.json").exists())
         ]
         return max(folders, key=lambda path: _step(path) or 0, default=None)
 
@@ -106,7 +113,9 @@ class StageFolder:
         """Delete what only an interrupted run needs."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
-    def finish(self, kind: str, *, parents: Sequence[Parent], checks: Sequence[Check], **facts: Any) -> dict[str, Any]:
+    def finish(
+        self, kind: str, *, parents: Sequence[Parent], checks: Sequence[Check], **facts: Any
+    ) -> dict[str, Any]:
         """Write stage.json, which marks the stage as finished; `facts` are the stage's own results."""
         record = {
             "stage": self.stage,
@@ -124,7 +133,8 @@ class StageFolder:
 
 
 def find_parent(key: str, path: str, *, kind: str, force: bool) -> Parent:
-    """Identify an input of a stage and refuse one that is unfinished, of another kind, or failed its own checks.
+    """Identify an input of a stage and refuse one that is unfinished, of another kind, or failed its own
+    checks.
 
     `kind` is "policy" or "reward_model". A hub name or a folder that no stage wrote is taken as it is.
     """
@@ -148,7 +158,7 @@ def find_parent(key: str, path: str, *, kind: str, force: bool) -> Parent:
     record = json.loads(record_file.read_text(encoding="utf-8"))
     if record["kind"] != kind:
         raise ValueError(
-            f"{key}={path} was written by stage {record['stage']} and is a {record['kind'].replace('_', ' ')}; "
+            f"{key}={path} was written by stage {record['stage']}: a {record['kind'].replace('_', ' ')}; "
             f"a {kind.replace('_', ' ')} is due here"
         )
     failed = [check for check in record["checks"] if not check["passed"]]
@@ -170,7 +180,9 @@ def new_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(final)
         os.replace(temporary, final)
     except OSError as error:
-        raise ValueError(f"cannot write {final}: {error}; free the disk or set runs= to another folder") from error
+        raise ValueError(
+            f"cannot write {final}: {error}; free the disk or set runs= to another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -218,7 +230,9 @@ def _check_same_config(path: Path, resolved_config: str) -> None:
     before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
     now = _flat(yaml.safe_load(resolved_config))
     differing = sorted(
-        key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
+        key
+        for key in before.keys() | now.keys()
+        if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
     )
     if differing:
         changes = ", ".join(f"{key} ({before.get(key)} -> {now.get(key)})" for key in differing)

@@ -7,20 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rlhf.engine import Engine
 from rlhf.metrics import progress
 from rlhf.records import PromptRecord, RankedList
 from rlhf.rewards import checked_scores
-from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.sampling.policy import Policy
+from rlhf.sampling.sampler import Decoding
 from rlhf.text import TextCodec
 
 
-def collect_ranked(  # noqa: PLR0913 (a policy with its text rules and device, prompts, a labeller, a file)
-    model: Any,
-    codec: TextCodec,
-    engine: Engine,
+def collect_ranked(  # noqa: PLR0913 (a policy, its prompts, a labeller, a file, and how to sample)
+    policy: Policy,
     records: Sequence[PromptRecord],
     labeller: Any,
     partial: Path,
@@ -30,44 +26,37 @@ def collect_ranked(  # noqa: PLR0913 (a policy with its text rules and device, p
     batch_size: int,
     seed: int,
 ) -> list[RankedList]:
-    """Sample and rank responses, batch by batch; finished batches in `partial` are kept when a run is resumed.
+    """Sample and rank responses, batch by batch; a resumed run keeps the finished batches in `partial`.
 
-    The samples of a prompt depend on the seed and its place in `records` alone, so a resumed run collects the same lists.
+    The samples of a prompt depend on the seed and its place in `records` alone, so a resumed run collects the
+    same lists.
     """
     prompts_per_batch = max(1, batch_size // samples_per_prompt)
     done = _read_partial(partial)
     starts = range(0, len(records), prompts_per_batch)
-    bar = progress(len(records), initial=min(len(done) * prompts_per_batch, len(records)), unit="prompt", description="collect")
+    bar = progress(
+        len(records),
+        initial=min(len(done) * prompts_per_batch, len(records)),
+        unit="prompt",
+        description="collect",
+    )
     with partial.open("a", encoding="utf-8") as stream:
         for start in list(starts)[len(done) :]:
             batch = records[start : start + prompts_per_batch]
-            uniforms = draw_uniforms(len(batch) * samples_per_prompt, decoding.max_new_tokens, seed * 1_000_003 + start)
-            rows = _sample_batch(model, codec, engine, batch, decoding, uniforms)
-            lists = [_ranked(record, codec, tokens, labeller) for record, tokens in zip(batch, rows, strict=True)]
+            prompts = [record.prompt for record in batch for _ in range(samples_per_prompt)]
+            responses = policy.respond(prompts, decoding, seed=seed * 1_000_003 + start).responses()
+            groups = [
+                responses[i : i + samples_per_prompt] for i in range(0, len(responses), samples_per_prompt)
+            ]
+            lists = [
+                _ranked(record, policy.codec, rows, labeller)
+                for record, rows in zip(batch, groups, strict=True)
+            ]
             stream.write(json.dumps([row for row in lists if row is not None]) + "\n")
             stream.flush()
             bar.update(len(batch))
     bar.close()
-    return [_record(row, codec.fingerprint()) for rows in _read_partial(partial) for row in rows]
-
-
-def _sample_batch(
-    model: Any, codec: TextCodec, engine: Engine, batch: Sequence[PromptRecord], decoding: Decoding, uniforms: torch.Tensor
-) -> list[list[list[int]]]:
-    """Responses of each prompt of the batch, as token lists."""
-    times = len(uniforms) // len(batch)
-    prompts = [tokens for record in batch for tokens in [codec.encode_prompt(record.prompt)] * times]
-    with engine.autocast():
-        rollout = sample(
-            model,
-            prompts,
-            decoding,
-            eos_token_id=codec.eos_token_id,
-            pad_token_id=codec.pad_token_id,
-            uniforms=uniforms,
-        )
-    responses = rollout.responses()
-    return [responses[i : i + times] for i in range(0, len(responses), times)]
+    return [_record(row, policy.codec.fingerprint()) for rows in _read_partial(partial) for row in rows]
 
 
 def _ranked(

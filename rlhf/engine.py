@@ -1,4 +1,6 @@
-"""Where the arithmetic happens: device, number type and autocast, chosen once and handed to everything that computes."""
+"""Where the arithmetic happens: device, number type and autocast, chosen once and handed to everything that
+computes.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ class Engine:
 def build_engine(settings: Any, num_parameters: int) -> Engine:
     """Choose device and number type from `engine.device` and `engine.dtype`.
 
-    `auto` takes CUDA where there is one, and bfloat16 where the device computes it natively and the model has at least
-    20 million parameters.
+    `auto` takes CUDA where there is one, and bfloat16 where the device computes it natively and the model has
+    at least 20 million parameters.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -46,7 +48,9 @@ def build_engine(settings: Any, num_parameters: int) -> Engine:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"engine.device={name}, but this machine shows no CUDA device; use engine.device=cpu")
+        raise ValueError(
+            f"engine.device={name}, but this machine shows no CUDA device; use engine.device=cpu"
+        )
     device = torch.device(name)
     if settings.dtype == "auto":
         use_bf16 = num_parameters >= SMALLEST_BF16_MODEL and has_native_bf16(device)

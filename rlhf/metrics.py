@@ -11,25 +11,33 @@ from tqdm import tqdm
 
 
 class MetricLog:
-    """One JSON object a step in metrics.jsonl, and the same numbers in the tracker (tensorboard, wandb, trackio)."""
+    """One JSON object a step in metrics.jsonl, and the same numbers in the tracker (tensorboard, wandb,
+    trackio).
+    """
 
     def __init__(self, folder: Path, tracker: str, *, run_name: str) -> None:
         self.path = folder / "metrics.jsonl"
         self._tracker = _open_tracker(tracker, folder, run_name)
 
     def write(self, step: int, metrics: dict[str, float], seconds: dict[str, float] | None = None) -> None:
-        """Append a step's metrics and hand them to the tracker, which alone sees `seconds`: they never repeat."""
+        """Append a step's metrics and hand them to the tracker, which alone sees `seconds`: they never
+        repeat.
+        """
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **metrics}) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
         if self._tracker is not None:
-            self._tracker.log(step, metrics | {f"seconds/{name}": value for name, value in (seconds or {}).items()})
+            self._tracker.log(
+                step, metrics | {f"seconds/{name}": value for name, value in (seconds or {}).items()}
+            )
 
     def cut_after(self, step: int) -> None:
         """Drop the lines after `step`, which a resumed run writes again."""
         if self.path.exists():
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            lines = [
+                line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+            ]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
@@ -81,7 +89,9 @@ def _open_tracker(tracker: str, folder: Path, run_name: str) -> Any | None:
 
 
 def progress(total: int, *, initial: int = 0, unit: str = "it", description: str = "") -> Any:
-    """A progress bar with throughput and time left; plain lines at wide intervals where there is no terminal."""
+    """A progress bar with throughput and time left; plain lines at wide intervals where there is no
+    terminal.
+    """
     import sys
 
     terminal = sys.stderr.isatty()

@@ -1,13 +1,13 @@
 """Proximal policy optimization against a reward with a KL penalty to the SFT policy.
 
 B episodes, R response positions. Schulman et al. 2017, https://arxiv.org/abs/1707.06347; Ziegler et al. 2019,
-https://arxiv.org/abs/1909.08593. One update: sample, score, build the experience, learn from it for some epochs.
+https://arxiv.org/abs/1909.08593. One update: sample, score, build the experience, learn from it for some
+epochs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,11 @@ from torch import Tensor
 
 from rlhf.batches import Experience, Rollout
 from rlhf.engine import Engine
-from rlhf.models.roles import ActorCritic, Reference, adapters_merged
+from rlhf.models.roles import ActorCritic, Roles
 from rlhf.numerics.advantages import gae, shaped_rewards
 from rlhf.numerics.kl import k1
 from rlhf.numerics.losses import policy_loss, value_loss
 from rlhf.numerics.masked import masked_mean, masked_sum, whiten
-from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
-from rlhf.text import TextCodec
 from rlhf.training_state import permutation
 
 ADAM_EPSILON = 1e-5
@@ -36,24 +34,10 @@ class MissingEos:
     penalty: float
 
 
-@torch.no_grad()
-def collect_rollout(
-    models: ActorCritic, prompts: Sequence[list[int]], codec: TextCodec, engine: Engine, *, decoding: Decoding, seed: int
-) -> Rollout:
-    """Sample one response per prompt from the policy, its adapter merged meanwhile."""
-    with engine.autocast(), adapters_merged(models.policy):
-        return sample(
-            models.policy,
-            list(prompts),
-            decoding,
-            eos_token_id=codec.eos_token_id,
-            pad_token_id=codec.pad_token_id,
-            uniforms=draw_uniforms(len(prompts), decoding.max_new_tokens, seed),
-        )
-
-
 def final_scores(scores: Tensor, rollout: Rollout, eos_token_id: int, missing: MissingEos) -> Tensor:
-    """Scores (B,) with the rule for responses without EOS applied, after any normalisation of the model's score."""
+    """Scores (B,) with the rule for responses without EOS applied, after any normalisation of the model's
+    score.
+    """
     lengths = rollout.response_mask.sum(1, keepdim=True)
     ended = rollout.response_tokens.gather(1, lengths - 1).squeeze(1) == eos_token_id
     scores = scores.to(ended.device)
@@ -63,24 +47,25 @@ def final_scores(scores: Tensor, rollout: Rollout, eos_token_id: int, missing: M
 
 @torch.no_grad()
 def build_experience(
-    models: ActorCritic, reference: Reference, rollout: Rollout, scores: Tensor, engine: Engine, *, config: Any, kl_coef: float
+    roles: Roles, rollout: Rollout, scores: Tensor, *, config: Any, kl_coef: float
 ) -> Experience:
     """Score a rollout: old and reference log-probs, values, shaped rewards, advantages and returns.
 
     Old log-probs come from the learner's own forward pass. Advantages are whitened over the whole batch.
     """
-    logprobs, ref_logprobs, values = [], [], []
+    models, engine = roles.actor_critic, roles.engine
+    columns: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for index in engine.micro_batches(len(scores)):
         piece = rollout.rows(index.to(rollout.tokens.device))
         with engine.autocast():
             parts = (
                 models.logprobs_and_entropy(piece, temperature=config.temperature)[0],
-                reference.logprobs(piece, temperature=config.temperature),
+                roles.reference.logprobs(piece, temperature=config.temperature),
                 models.values(piece),
             )
-        for target, part in zip((logprobs, ref_logprobs, values), parts, strict=True):
+        for target, part in zip(columns, parts, strict=True):
             target.append(_widened(part, rollout.response_mask.shape[1]))
-    old, ref, value = torch.cat(logprobs), torch.cat(ref_logprobs), torch.cat(values)
+    old, ref, value = (torch.cat(column) for column in columns)
     mask = rollout.response_mask
     rewards = shaped_rewards(old, ref, scores, mask, kl_coef)
     advantages, returns = gae(rewards, value, mask, gamma=config.gae.gamma, lam=config.gae.lam)
@@ -101,7 +86,9 @@ class Learner:
         self.optimizer = torch.optim.AdamW(groups, eps=ADAM_EPSILON, weight_decay=0.0)
 
     def set_learning_rates(self, step: int) -> None:
-        """Linear warm-up over `warmup_updates`, then linear decay to 0 after the last update; `step` counts from 1."""
+        """Linear warm-up over `warmup_updates`, then linear decay to 0 after the last update; `step` counts
+        from 1.
+        """
         config = self.config
         warm = min(1.0, step / max(config.warmup_updates, 1))
         left = (config.updates - step + 1) / max(config.updates - config.warmup_updates, 1)
@@ -146,20 +133,24 @@ class Learner:
             ),
         }
         totals |= {name: float(norm) for name, norm in norms.items()}
-        for name, value in totals.items():
-            if not math.isfinite(value):
+        for name, total in totals.items():
+            if not math.isfinite(total):
                 raise ValueError(
-                    f"{name} is {value}: the run stops before this step changes a weight. Lower learning_rate, raise "
-                    "kl.coef, or use engine.dtype=float32; the last checkpoint is good"
+                    f"{name} is {total}: the run stops before this step changes a weight. Lower "
+                    "learning_rate, raise kl.coef, or use engine.dtype=float32; the last checkpoint is good"
                 )
         self.optimizer.step()
         return totals
 
     def backward(self, piece: Experience, denominator: Tensor) -> dict[str, Tensor]:
-        """Accumulate the gradients of policy and value loss of one micro-batch, each role's forward then backward."""
+        """Accumulate the gradients of policy and value loss of one micro-batch, each role's forward then
+        backward.
+        """
         config, mask = self.config, piece.rollout.response_mask
         with self.engine.autocast():
-            logprobs, entropies = self.models.logprobs_and_entropy(piece.rollout, temperature=config.temperature)
+            logprobs, entropies = self.models.logprobs_and_entropy(
+                piece.rollout, temperature=config.temperature
+            )
         loss, metrics = policy_loss(
             logprobs, piece.logprobs, piece.advantages, mask, clip=config.clip.policy, denominator=denominator
         )

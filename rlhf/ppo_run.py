@@ -19,9 +19,10 @@ from rlhf.metrics import MetricLog, progress
 from rlhf.models.adapters import uses_lora
 from rlhf.models.roles import Roles
 from rlhf.numerics.kl import AdaptiveKL, FixedKL
-from rlhf.ppo import Learner, MissingEos, build_experience, collect_rollout, experience_metrics, final_scores
+from rlhf.ppo import Learner, MissingEos, build_experience, experience_metrics, final_scores
 from rlhf.records import PromptRecord
 from rlhf.rewards import RewardModelScorer, build_scorer, score_samples
+from rlhf.sampling.policy import Policy
 from rlhf.sampling.sampler import Decoding
 from rlhf.text import TextCodec
 from rlhf.training_state import load_training_state, permutation, save_training_state
@@ -49,15 +50,15 @@ class PPORun:
         self,
         config: Any,
         codec: TextCodec,
-        engine: Engine,
         roles: Roles,
         reward: Any,
         prompts: Sequence[PromptRecord],
         folder: StageFolder,
     ) -> None:
-        self.config, self.codec, self.engine, self.folder = config, codec, engine, folder
-        self.models, self.reference, self.reward, self.prompts = roles.actor_critic, roles.reference, reward, prompts
-        self.learner = Learner(self.models, engine, config)
+        self.config, self.codec, self.engine, self.folder = config, codec, roles.engine, folder
+        self.roles, self.models, self.reward, self.prompts = roles, roles.actor_critic, reward, prompts
+        self.policy = Policy(self.models.policy, codec, roles.engine)
+        self.learner = Learner(self.models, roles.engine, config)
         kl = config.kl
         adaptive = kl.controller == "adaptive"
         self.kl = AdaptiveKL(kl.coef, kl.target, kl.horizon) if adaptive else FixedKL(kl.coef)
@@ -72,7 +73,12 @@ class PPORun:
         log = MetricLog(self.folder.path, config.tracker, run_name=f"{config.name}-ppo")
         done = self.restore(state) if state else 0
         log.cut_after(done)
-        bar = progress(config.updates * config.batch_size, initial=done * config.batch_size, unit="episode", description="ppo")
+        bar = progress(
+            config.updates * config.batch_size,
+            initial=done * config.batch_size,
+            unit="episode",
+            description="ppo",
+        )
         try:
             for step in range(done + 1, config.updates + 1):
                 metrics, seconds = self.step(step)
@@ -91,17 +97,16 @@ class PPORun:
         return self.checks()
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
-        """One update: sample, score, build the experience, learn. Returns metrics and the seconds of its parts."""
+        """One update: sample, score, build the experience, learn. Returns metrics and the seconds of its
+        parts.
+        """
         config, started = self.config, time.perf_counter()
         records = self.prompts_of(step)
-        tokens = [self.codec.encode_prompt(record.prompt) for record in records]
         seed = config.seed * 1_000_003 + step
-        rollout = collect_rollout(self.models, tokens, self.codec, self.engine, decoding=self.decoding, seed=seed)
+        rollout = self.policy.respond([record.prompt for record in records], self.decoding, seed=seed)
         sampled = time.perf_counter()
         scores = self.scores(records, rollout)
-        experience = build_experience(
-            self.models, self.reference, rollout, scores, self.engine, config=config, kl_coef=self.kl.coef
-        )
+        experience = build_experience(self.roles, rollout, scores, config=config, kl_coef=self.kl.coef)
         metrics = {"kl_coef": self.kl.coef, **experience_metrics(experience, self.codec.eos_token_id)}
         scored = time.perf_counter()
         if step == 1:
@@ -129,13 +134,17 @@ class PPORun:
         return final_scores(scores.to(self.engine.device), rollout, self.codec.eos_token_id, self.missing_eos)
 
     def check_start(self, experience: Experience) -> None:
-        """Before the first weight changes: KL 0 to the reference, a reward that differs, EOS where responses end."""
+        """Before the first weight changes: KL 0 to the reference, a reward that differs, EOS where
+        responses end.
+        """
         mask = experience.rollout.response_mask
         difference = float((experience.logprobs - experience.ref_logprobs)[mask].abs().max())
         tolerance = 1e-4 if self.engine.dtype == torch.float32 else 0.5
         lengths = mask.sum(1)
         eos = (experience.rollout.response_tokens == self.codec.eos_token_id) & mask
-        ends_at_eos = bool(((eos.sum(1) == 0) | ((eos.sum(1) == 1) & eos.gather(1, lengths.unsqueeze(1) - 1)[:, 0])).all())
+        ends_at_eos = bool(
+            ((eos.sum(1) == 0) | ((eos.sum(1) == 1) & eos.gather(1, lengths.unsqueeze(1) - 1)[:, 0])).all()
+        )
         checks = [
             Check(
                 "policy equals reference at the start",
@@ -158,7 +167,9 @@ class PPORun:
         ]
         print_checks(checks)
         if not all_passed(checks) and not self.config.force:
-            raise ValueError("a check before the first update failed; mend its cause, or go on with force=true")
+            raise ValueError(
+                "a check before the first update failed; mend its cause, or go on with force=true"
+            )
 
     def checks(self) -> list[Check]:
         """What the run says about itself; the comparison on unseen prompts is stage=evaluate's."""
@@ -179,7 +190,9 @@ class PPORun:
             ),
         ]
 
-    def write_samples(self, step: int, records: Sequence[PromptRecord], rollout: Rollout, scores: Tensor) -> None:
+    def write_samples(
+        self, step: int, records: Sequence[PromptRecord], rollout: Rollout, scores: Tensor
+    ) -> None:
         """Append a few samples of this update to samples.jsonl."""
         with (self.folder.path / "samples.jsonl").open("a", encoding="utf-8") as stream:
             rows = list(zip(records, rollout.responses(), scores.tolist(), strict=True))[:NUM_SHOWN_SAMPLES]

@@ -1,7 +1,7 @@
 """Rewards: what scores a response, from the `reward`, `labeller`, `proxy` or `gold` settings.
 
-A scorer is called with the texts of prompts and responses and returns one number each; the reward model reads tokens
-where its tokenizer is the policy's, and text otherwise.
+A scorer is called with the texts of prompts and responses and returns one number each; the reward model reads
+tokens where its tokenizer is the policy's, and text otherwise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ class RewardModelScorer:
     """
 
     def __init__(
-        self, model: Any, codec: TextCodec, engine: Engine, *, name: str, base_only: Any = contextlib.nullcontext
+        self,
+        model: Any,
+        codec: TextCodec,
+        engine: Engine,
+        *,
+        name: str,
+        base_only: Any = contextlib.nullcontext,
     ) -> None:
         self.model, self.codec, self.engine, self.name, self.base_only = model, codec, engine, name, base_only
 
@@ -59,7 +65,9 @@ def build_scorer(spec: dict[str, Any], config: Any, engine: Engine) -> Any:
                 f"data={config.data.name} has no labelled texts to train a classifier on; "
                 "set data.labelled, or rank with a function or a reward model"
             )
-        records = read_records(make_sources(spec["train"]), "labelled", on_bad_row=config.data.on_bad_row).records
+        records = read_records(
+            make_sources(spec["train"]), "labelled", on_bad_row=config.data.on_bad_row
+        ).records
         return ClassifierScorer(records, kind=spec.get("classifier") or "tfidf_logistic")
     if kind == "function":
         return FunctionScorer(spec["function"])
@@ -71,17 +79,20 @@ def checked_scores(scorer: Any, prompts: Sequence[Prompt], responses: Sequence[s
     scores = torch.tensor(scorer(prompts, responses), dtype=torch.float32)
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{scorer.name} gave {scores[bad[0]].item()} for the response {responses[bad[0]][:80]!r}")
+        raise ValueError(
+            f"{scorer.name} gave {scores[bad[0]].item()} for the response {responses[bad[0]][:80]!r}"
+        )
     return scores
 
 
 def score_samples(scorer: Any, codec: TextCodec, prompts: Sequence[Prompt], rollout: Rollout) -> torch.Tensor:
-    """Scores (B,) of a rollout. A reward model with the policy's vocabulary reads the sampled tokens themselves."""
+    """Scores (B,) of a rollout. A reward model with the policy's vocabulary reads the sampled tokens
+    themselves.
+    """
     if isinstance(scorer, WeightedSum):
         parts = [weight * score_samples(part, codec, prompts, rollout) for weight, part in scorer.parts]
         return torch.stack(parts).sum(0)
     if isinstance(scorer, RewardModelScorer) and scorer.codec.fingerprint() == codec.fingerprint():
-        rows = [tokens[mask].tolist() for tokens, mask in zip(rollout.tokens, rollout.attention_mask, strict=True)]
-        return torch.tensor(scorer.score_tokens(rows))
+        return torch.tensor(scorer.score_tokens(rollout.sequences()))
     texts = [codec.decode_response(tokens) for tokens in rollout.responses()]
     return checked_scores(scorer, prompts, texts)

@@ -1,7 +1,7 @@
 """The reward model: Bradley-Terry over ranked lists, on any decoder checkpoint with a score head.
 
-N responses of a batch (a prompt's responses together), L tokens, H width. Responses end with EOS as the policy's do; the
-score is read at the last real token by mask.
+N responses of a batch (a prompt's responses together), L tokens, H width. Responses end with EOS as the
+policy's do; the score is read at the last real token by mask.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from rlhf.models.forward import last_states, sequence_scores
 from rlhf.models.loading import head, load_causal_lm, load_options, new_reward_model, same_tokenizer
 from rlhf.numerics.ranking import ranking_loss
 from rlhf.records import RankedList
-from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.sampling.policy import Policy
+from rlhf.sampling.sampler import Decoding
 from rlhf.text import TextCodec
 from rlhf.training import attach_log, trainer_arguments
 
@@ -33,7 +34,9 @@ TOKENS_PER_SCORING_BATCH = 4096
 
 @dataclass(frozen=True)
 class RankedRow:
-    """A tokenized ranked list: prompt + response tokens of each response, ranks (1 = best), grades for margins."""
+    """A tokenized ranked list: prompt + response tokens of each response, ranks (1 = best), grades for
+    margins.
+    """
 
     tokens: list[list[int]]
     ranks: list[int]
@@ -51,7 +54,8 @@ class TokenizedLists:
 
 
 def tokenize(records: Sequence[RankedList], codec: TextCodec, max_length: int) -> TokenizedLists:
-    """Encode ranked lists. A prompt loses its start where it does not fit; a response that is too long is left out whole.
+    """Encode ranked lists. A prompt loses its start where it does not fit; a response that is too long is
+    left out whole.
 
     Records written by `collect` with this tokenizer bring their sampled tokens along, and these are taken.
     """
@@ -87,7 +91,9 @@ def tokenize(records: Sequence[RankedList], codec: TextCodec, max_length: int) -
 
 
 def collate(rows: Sequence[RankedRow], pad_token_id: int) -> dict[str, Tensor]:
-    """Flatten ranked lists to a batch of N responses padded on the right to L tokens, with prompt_index and ranks (N,)."""
+    """Flatten ranked lists to a batch of N responses padded on the right to L tokens, with prompt_index and
+    ranks (N,).
+    """
     flat = [tokens for row in rows for tokens in row.tokens]
     tokens, mask = right_pad(flat, pad_token_id)
     grades = [grade for row in rows for grade in (row.grades or [0.0] * len(row.ranks))]
@@ -111,7 +117,9 @@ def right_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor,
 
 
 class RankingTrainer(Trainer):
-    """transformers' Trainer with the loss over ranked lists, averaged over the prompts of the whole optimizer step."""
+    """transformers' Trainer with the loss over ranked lists, averaged over the prompts of the whole
+    optimizer step.
+    """
 
     def __init__(self, *, label_smoothing: float, centering: float, margin: bool, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -119,13 +127,19 @@ class RankingTrainer(Trainer):
         self.loss_options = {"label_smoothing": label_smoothing, "centering": centering}
         self.margin = margin
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: Any
+    ) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step and the number of prompts in them."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, sum(int(batch["prompt_index"].max()) + 1 for batch in batches)
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """Sum of the prompts' losses over the number of prompts in the step."""
         scores = sequence_scores(model, inputs["tokens"], inputs["attention_mask"])
@@ -148,7 +162,9 @@ class RewardTraining:
     ) -> None:
         self.config, self.codec, self.engine = config, codec, engine
         lora = uses_lora(config.adapter)
-        options = load_options(config.model, engine, trained=not lora, quantization=config.adapter.quantization)
+        options = load_options(
+            config.model, engine, trained=not lora, quantization=config.adapter.quantization
+        )
         self.model = new_reward_model(config.base, options)
         if lora:
             self.model = add_lora(self.model, config.adapter, task="SEQ_CLS")
@@ -173,7 +189,9 @@ class RewardTraining:
 
 
 def calibration_rows(config: Any, codec: TextCodec, engine: Engine, lists: TokenizedLists) -> list[list[int]]:
-    """Prompt + response tokens whose scores get mean 0 and variance 1: samples of `calibration_policy`, else the lists'."""
+    """Prompt + response tokens whose scores get mean 0 and variance 1: samples of `calibration_policy`,
+    else the lists'.
+    """
     if config.calibration_policy is None:
         return [tokens for row in lists.rows for tokens in row.tokens]
     model = load_causal_lm(config.calibration_policy, load_options(config.model, engine, trained=False))
@@ -181,22 +199,15 @@ def calibration_rows(config: Any, codec: TextCodec, engine: Engine, lists: Token
         raise ValueError("calibration_policy has another tokenizer than base; set calibration_policy=null")
     times = -(-config.calibration_prompts // len(lists.records))
     records = (lists.records * times)[: config.calibration_prompts]
-    prompts = [codec.encode_prompt(record.prompt) for record in records]
-    decoding = Decoding(config.data.max_response_tokens)
-    with engine.autocast():
-        rollout = sample(
-            model,
-            prompts,
-            decoding,
-            eos_token_id=codec.eos_token_id,
-            pad_token_id=codec.pad_token_id,
-            uniforms=draw_uniforms(len(prompts), decoding.max_new_tokens, config.seed),
-        )
-    return [prompt + response for prompt, response in zip(prompts, rollout.responses(), strict=True)]
+    prompts = [record.prompt for record in records]
+    policy = Policy(model, codec, engine)
+    rollout = policy.respond(prompts, Decoding(config.data.max_response_tokens), seed=config.seed)
+    return rollout.sequences()
 
 
 def prepare_for_saving(model: Any, codec: TextCodec) -> Any:
-    """Make plain AutoModelForSequenceClassification read the score where we do: pad must not be EOS. Returns the tokenizer.
+    """Make plain AutoModelForSequenceClassification read the score where we do: pad must not be EOS. Returns
+    the tokenizer.
 
     Where the vocabulary has no free special token a pad token is added behind it.
     """
@@ -216,12 +227,15 @@ def score_rows(model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int, 
 
 
 @torch.no_grad()
-def calibrate(model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int, engine: Engine) -> dict[str, float]:
+def calibrate(
+    model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int, engine: Engine
+) -> dict[str, float]:
     """Fold gain and bias into the score head so that the scores of `rows` have mean 0 and variance 1.
 
-    The head has no bias, so the shift goes along the direction in which hidden states vary least relative to their mean,
-    delta = -mean * S^-1 m / (m' S^-1 m) with m and S mean and (shrunken) covariance of the states. Returns the mean and
-    standard deviation before, and the correlation of the scores before and after.
+    The head has no bias, so the shift goes along the direction in which hidden states vary least relative to
+    their mean, delta = -mean * S^-1 m / (m' S^-1 m) with m and S mean and (shrunken) covariance of the
+    states. Returns the mean and standard deviation before, and the correlation of the scores before and
+    after.
     """
     states = _in_batches(last_states, model, rows, pad_token_id=pad_token_id, engine=engine).double()
     layer = head(model)
@@ -231,13 +245,17 @@ def calibrate(model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int, e
     centre = states.mean(0)
     centred = states - centre
     covariance = centred.T @ centred / len(states)
-    shrinkage = 0.1 * covariance.diagonal().mean() * torch.eye(len(centre), dtype=torch.float64, device=centre.device)
+    shrinkage = (
+        0.1 * covariance.diagonal().mean() * torch.eye(len(centre), dtype=torch.float64, device=centre.device)
+    )
     direction = torch.linalg.solve(covariance + shrinkage, centre)
     shifted = weight[0].double() - before.mean() * direction / (centre @ direction)
     after = states @ shifted
     spread = after.std(correction=0)
     if not spread > 1e-6:
-        raise ValueError("the reward model gives every sample the same score; train longer or raise learning_rate")
+        raise ValueError(
+            "the reward model gives every sample the same score; train longer or raise learning_rate"
+        )
     weight[0] = (shifted / spread).to(weight.dtype)
     correlation = torch.corrcoef(torch.stack([before, after]))[0, 1]
     return {

@@ -1,4 +1,6 @@
-"""Supervised fine-tuning on demonstrations, with trl's SFTTrainer and the loss on the assistant's tokens only."""
+"""Supervised fine-tuning on demonstrations, with trl's SFTTrainer and the loss on the assistant's tokens
+only.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from rlhf.metrics import MetricLog
 from rlhf.models.adapters import add_lora, uses_lora
 from rlhf.models.loading import load_causal_lm, load_options
 from rlhf.records import Demonstration
-from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.sampling.policy import Policy
+from rlhf.sampling.sampler import Decoding
 from rlhf.text import Encoded, TextCodec
 from rlhf.training import attach_log, trainer_arguments
 
@@ -35,7 +38,9 @@ class TokenizedDemonstrations:
 
 
 def tokenize(records: Sequence[Demonstration], codec: TextCodec, max_length: int) -> TokenizedDemonstrations:
-    """Encode demonstrations and fit them into `max_length` tokens: prompts lose their start, responses their end."""
+    """Encode demonstrations and fit them into `max_length` tokens: prompts lose their start, responses
+    their end.
+    """
     rows, num_cut_prompts, num_cut_responses = [], 0, 0
     for record in records:
         whole = codec.encode_conversation(record.prompt, record.response)
@@ -47,7 +52,9 @@ def tokenize(records: Sequence[Demonstration], codec: TextCodec, max_length: int
 
 
 def fit(encoded: Encoded, max_length: int) -> tuple[Encoded, bool, bool]:
-    """Shorten a conversation to `max_length` tokens: first its start, and only then the end of its last response."""
+    """Shorten a conversation to `max_length` tokens: first its start, and only then the end of its last
+    response.
+    """
     overflow = max(0, len(encoded.tokens) - max_length)
     last_response = len(encoded.loss_mask)
     while last_response and encoded.loss_mask[last_response - 1]:
@@ -61,67 +68,52 @@ class SFT:
     """One supervised run: model, data and trainer, ready to train and to be judged."""
 
     def __init__(
-        self, config: Any, codec: TextCodec, engine: Engine, train: Dataset, evaluation: Dataset, folder: StageFolder
+        self, config: Any, codec: TextCodec, engine: Engine, rows: dict[str, Dataset], folder: StageFolder
     ) -> None:
         self.config, self.codec, self.engine = config, codec, engine
         options = load_options(
-            config.model, engine, trained=not uses_lora(config.adapter), quantization=config.adapter.quantization
+            config.model,
+            engine,
+            trained=not uses_lora(config.adapter),
+            quantization=config.adapter.quantization,
         )
         model = load_causal_lm(config.policy, options)
         if uses_lora(config.adapter):
             model = add_lora(model, config.adapter, task="CAUSAL_LM")
+        self.model = model
         self.log = MetricLog(folder.path, config.tracker, run_name=f"{config.name}-sft")
         self.trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
-                **trainer_arguments(config, folder, engine, len(train)),
+                **trainer_arguments(config, folder, engine, len(rows["train"])),
                 max_length=config.max_length,
                 packing=config.packing,
                 eval_packing=False,
                 completion_only_loss=True,
             ),
-            train_dataset=train,
-            eval_dataset=evaluation,
+            train_dataset=rows["train"],
+            eval_dataset=rows["eval"],
             processing_class=codec.tokenizer,
         )
         attach_log(self.trainer, self.log, "sft")
 
     def train(self, state: Path | None) -> tuple[float, float]:
-        """Train, from `state` on where given; return the held-out loss of the base and of the trained model."""
+        """Train, from `state` on where given; return the held-out loss of the base and of the trained
+        model.
+        """
         base_loss = self.trainer.evaluate()["eval_loss"]
         self.trainer.train(resume_from_checkpoint=str(state) if state else None)
         return base_loss, self.trainer.evaluate()["eval_loss"]
 
     def samples(self, records: Sequence[Demonstration], max_new_tokens: int) -> list[dict[str, Any]]:
-        """Sample a response to each record's prompt, for people to read and for the EOS share."""
-        return sample_texts(
-            self.trainer.model, self.codec, self.engine, [r.prompt for r in records], max_new_tokens, self.config.seed
-        )
-
-
-def sample_texts(
-    model: Any, codec: TextCodec, engine: Engine, prompts: Sequence[Any], max_new_tokens: int, seed: int
-) -> list[dict[str, Any]]:
-    """Sample one response to each prompt: rows of prompt, response, and whether it ended with EOS."""
-    model.eval()
-    tokens = [codec.encode_prompt(prompt) for prompt in prompts]
-    with engine.autocast():
-        rollout = sample(
-            model,
-            tokens,
-            Decoding(max_new_tokens),
-            eos_token_id=codec.eos_token_id,
-            pad_token_id=codec.pad_token_id,
-            uniforms=draw_uniforms(len(tokens), max_new_tokens, seed),
-        )
-    return [
-        {
-            "prompt": codec.prompt_text(prompt),
-            "response": codec.decode_response(response),
-            "ended": response[-1] == codec.eos_token_id,
-        }
-        for prompt, response in zip(prompts, rollout.responses(), strict=True)
-    ]
+        """One response to each record's prompt, for people to read and for the share that ends with EOS."""
+        policy = Policy(self.model.eval(), self.codec, self.engine)
+        prompts = [record.prompt for record in records]
+        rollout = policy.respond(prompts, Decoding(max_new_tokens), seed=self.config.seed)
+        return [
+            {"prompt": self.codec.prompt_text(prompt), "response": text, "ended": ended}
+            for prompt, text, ended in zip(prompts, policy.texts(rollout), policy.ended(rollout), strict=True)
+        ]
 
 
 def sft_checks(base_loss: float, loss: float, samples: Sequence[dict[str, Any]]) -> list[Check]:

@@ -1,8 +1,8 @@
 """The one place where text becomes tokens and back.
 
-A prompt (a string, or messages with roles) becomes tokens through the tokenizer's chat template or as plain text; a
-response is always encoded apart from its prompt, after a fixed anchor, so that the same response has the same tokens in
-SFT, in the reward model and in a rollout whatever precedes it. Lengths count tokens.
+A prompt (a string, or messages with roles) becomes tokens through the tokenizer's chat template or as plain
+text; a response is always encoded apart from its prompt, after a fixed anchor, so that the same response has
+the same tokens in SFT, in the reward model and in a rollout whatever precedes it. Lengths count tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from rlhf.records import Prompt
 
-# Sentence-piece tokenizers put a space before the first word of a text; behind this anchor nothing is added or merged.
+# Sentence-piece tokenizers put a space before the first word of a text; behind this anchor nothing is added
+# or merged.
 ANCHOR = "\n"
 PLAIN_ROLES = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant:\n"}
 
@@ -32,8 +33,8 @@ class TextCodec:
     """Text to tokens and back for one tokenizer.
 
     `style` is "chat" (the tokenizer's template), "plain", or "auto": chat where the tokenizer has a template.
-    Prompts longer than `max_prompt_tokens` lose their start and are counted in `num_cut_prompts`; responses are never
-    cut here.
+    Prompts longer than `max_prompt_tokens` lose their start and are counted in `num_cut_prompts`; responses
+    are never cut here.
     """
 
     def __init__(self, tokenizer: Any, *, style: str = "auto", max_prompt_tokens: int | None = None) -> None:
@@ -51,8 +52,6 @@ class TextCodec:
         self._bos = [tokenizer.bos_token_id] if _wants_bos(tokenizer) else []
         self.pad_token_id: int = tokenizer.pad_token_id
         self.eos_token_id: int = self._end_of_turn() if self.uses_chat else tokenizer.eos_token_id
-
-    # Prompts ------------------------------------------------------------------------------------------------------
 
     def prompt_text(self, prompt: Prompt) -> str:
         """Render a prompt as the text that the model continues."""
@@ -77,12 +76,12 @@ class TextCodec:
         """Share of the prompts encoded so far whose start was cut."""
         return self.num_cut_prompts / max(self.num_prompts, 1)
 
-    # Responses ----------------------------------------------------------------------------------------------------
-
     def encode_response(self, text: str, *, add_eos: bool = True) -> list[int]:
         """Tokens of a response, the same after any prompt, with EOS as a finished sample has it."""
         tokens = self._ids((ANCHOR if self._anchor else "") + text)
-        assert tokens[: len(self._anchor)] == self._anchor, f"the tokenizer merges {ANCHOR!r} with {text[:20]!r}"
+        assert tokens[: len(self._anchor)] == self._anchor, (
+            f"the tokenizer merges {ANCHOR!r} with {text[:20]!r}"
+        )
         return tokens[len(self._anchor) :] + ([self.eos_token_id] if add_eos else [])
 
     def decode_response(self, tokens: Sequence[int]) -> str:
@@ -99,8 +98,6 @@ class TextCodec:
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
-    # Conversations ------------------------------------------------------------------------------------------------
-
     def encode_conversation(self, prompt: Prompt, response: str) -> Encoded:
         """Tokens of a demonstration with every assistant turn, the earlier ones included, in the loss."""
         if isinstance(prompt, str) and not self.uses_chat:
@@ -113,11 +110,14 @@ class TextCodec:
                 continue
             before = self.prompt_text(messages[:turn])
             if not before.startswith(done):
-                # A template that rewrites earlier turns cannot be learned turn by turn: only the last one counts.
+                # A template that rewrites earlier turns cannot be learned turn by turn: only the last one
+                # counts.
                 pieces, done = [], ""
             context = before[len(done) :]
             content, after = self._split_turn(messages[: turn + 1], before)
-            pieces.append((self.encode_response(context, add_eos=False) if done else self._with_bos(context), False))
+            pieces.append(
+                (self.encode_response(context, add_eos=False) if done else self._with_bos(context), False)
+            )
             pieces.append((self.encode_response(content), True))
             done = before + content + after
         self.num_prompts += 1
@@ -138,10 +138,10 @@ class TextCodec:
         eos = self.tokenizer.convert_ids_to_tokens(self.eos_token_id)
         return content, eos if after.startswith(eos) else ""
 
-    # Details ------------------------------------------------------------------------------------------------------
-
     def _end_of_turn(self) -> int:
-        """The special token with which the chat template ends an assistant's turn, else the tokenizer's EOS."""
+        """The special token with which the chat template ends an assistant's turn, else the tokenizer's
+        EOS.
+        """
         eos: int = self.tokenizer.eos_token_id
         question = [{"role": "user", "content": "x"}]
         before = self._render(question, add_generation_prompt=True) + "y"
@@ -165,7 +165,8 @@ class TextCodec:
 def prepare_tokenizer(tokenizer: Any) -> Any:
     """Give a tokenizer a pad token that is neither EOS nor BOS where its vocabulary has one.
 
-    Sequence-classification models find the last real token by the pad id, so pad = eos would hide EOS from them.
+    Sequence-classification models find the last real token by the pad id, so pad = eos would hide EOS from
+    them.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -191,7 +192,9 @@ def _is_sentence_piece(tokenizer: Any) -> bool:
 
 
 def _wants_bos(tokenizer: Any) -> bool:
-    """Whether texts begin with BOS: what the tokenizer does by itself, its explicit setting, else sentence-piece."""
+    """Whether texts begin with BOS: what the tokenizer does by itself, its explicit setting, else sentence-
+    piece.
+    """
     bos = tokenizer.bos_token_id
     if bos is None:
         return False

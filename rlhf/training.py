@@ -1,4 +1,6 @@
-"""What sft and rm share around transformers' Trainer: its arguments, the metrics log, and saving of what was trained."""
+"""What sft and rm share around transformers' Trainer: its arguments, the metrics log, and saving of what
+was trained.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ class LogCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar, and forget lines that a resumed run writes again."""
         self.log.cut_after(state.global_step)
-        self.bar = progress(state.max_steps, initial=state.global_step, unit="step", description=self.description)
+        self.bar = progress(
+            state.max_steps, initial=state.global_step, unit="step", description=self.description
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Move the bar."""
@@ -71,15 +75,22 @@ class LogCallback(TrainerCallback):
         """Close the bar."""
         self.bar.close()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         """Write one line per logging step."""
-        numbers = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        numbers = {
+            name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)
+        }
         loss = numbers.get("loss")
         if loss is not None and not loss < float("inf"):
             raise ValueError(
-                f"the loss is {loss} at step {state.global_step}; lower learning_rate, or use engine.dtype=float32"
+                f"the loss is {loss} at step {state.global_step}; "
+                "lower learning_rate, or use engine.dtype=float32"
             )
-        timing = {name: numbers.pop(name) for name in list(numbers) if "_per_second" in name or "runtime" in name}
+        timing = {
+            name: numbers.pop(name) for name in list(numbers) if "_per_second" in name or "runtime" in name
+        }
         self.log.write(state.global_step, numbers, timing)
         if loss is not None and self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.3f}")
@@ -92,7 +103,9 @@ def attach_log(trainer: Trainer, log: MetricLog, description: str) -> None:
 
 
 def full_precision(config: Any, folder: StageFolder, model: Any, *, base: str, task: str) -> Any:
-    """The trained model with its own weights in full: with LoRA, the adapter is saved and merged into a copy of `base`."""
+    """The trained model with its own weights in full: with LoRA, the adapter is saved and merged into a
+    copy of `base`.
+    """
     if not uses_lora(config.adapter):
         return model
     adapter_folder = folder.path / "adapter"

@@ -1,4 +1,6 @@
-"""The state that an exact resume needs, as safetensors and JSON: trained weights, optimizer moments, random generators."""
+"""The state that an exact resume needs, as safetensors and JSON: trained weights, optimizer moments, random
+generators.
+"""
 
 from __future__ import annotations
 

@@ -4,9 +4,11 @@ Nothing heavy is imported before a stage starts.
 """
 
 import importlib
+import logging
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 HELP_WORDS = {"help", "--help", "-h"}
@@ -68,8 +70,17 @@ def run(stage: str, overrides: list[str]) -> int:
     if config.show:
         show(stage, config)
         return 0
+    quiet_libraries()
     importlib.import_module(f"stages.{stage}").main(overrides)
     return 0
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' notes on their own optional parts out of a stage's output."""
+    for name in ("bitsandbytes", "torch.distributed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def resume_command(words: list[str]) -> str:

@@ -9,6 +9,7 @@ from rlhf.engine import build_engine, seed_everything
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters
 from rlhf.records import write_records
 from rlhf.rewards import build_scorer
+from rlhf.sampling.policy import Policy
 from rlhf.sampling.sampler import Decoding
 from stages.common import Stage, resolved
 
@@ -31,9 +32,7 @@ def main(overrides: list[str]) -> None:
     model = load_causal_lm(config.policy, load_options(config.model, engine, trained=False))
     (folder.path / "state").mkdir(exist_ok=True)
     lists = collect_ranked(
-        model,
-        codec,
-        engine,
+        Policy(model, codec, engine),
         prompts,
         labeller,
         folder.path / "state" / "partial.jsonl",

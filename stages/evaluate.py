@@ -1,4 +1,6 @@
-"""stage=evaluate: base, SFT, its decoding variants, best-of-n and PPO on unseen prompts, scored by proxy and gold."""
+"""stage=evaluate: base, SFT, its decoding variants, best-of-n and PPO on unseen prompts, scored by proxy
+and gold.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.compare import Scored, compare, summarise, verdict
 from rlhf.evaluation.report import print_table, write_report
 from rlhf.evaluation.systems import (
+    Generation,
     System,
     build_systems,
     generate,
@@ -21,6 +24,7 @@ from rlhf.evaluation.systems import (
 from rlhf.metrics import progress
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters, same_tokenizer
 from rlhf.rewards import build_scorer, checked_scores
+from rlhf.sampling.policy import Policy
 from stages.collect import decoding_of
 from stages.common import Stage, resolved
 
@@ -35,15 +39,20 @@ def main(overrides: list[str]) -> None:
     parents = [find_parent(f"systems.{s.name}", s.path, kind="policy", force=config.force) for s in systems]
     baseline = config.baseline or ("sft" if "sft" in config.systems else systems[0].name)
     reference = resolved(config.reference or next(s.path for s in systems if s.name == baseline))
-    prompts = stage.read(config.data.prompts.evaluate, "prompts", "data.prompts.evaluate", limit=config.num_prompts)
+    prompts = stage.read(
+        config.data.prompts.evaluate, "prompts", "data.prompts.evaluate", limit=config.num_prompts
+    )
     warn_of_seen_prompts(stage, prompts)
     engine = build_engine(config.engine, num_parameters(reference))
     proxy, gold = (optional_scorer(key, getattr(config, key), config, engine) for key in ("proxy", "gold"))
     if proxy is None and gold is None:
-        raise ValueError("neither proxy nor gold can score: set one of them, for instance gold='{kind: function, function: file.py:f}'")
+        raise ValueError(
+            "neither proxy nor gold can score: set one of them, for instance "
+            "gold='{kind: function, function: file.py:f}'"
+        )
 
     generations = sample_all(stage, systems, prompts, engine, proxy)
-    scored = score_all(config, systems, generations, reference, engine, (proxy, gold))
+    scored = score_all(config, generations, load_policy(reference, config, engine), proxy, gold)
     options = {"num_bootstrap": config.bootstrap, "seed": config.seed}
     report: dict[str, Any] = {
         "name": config.name,
@@ -63,7 +72,9 @@ def main(overrides: list[str]) -> None:
     )
     report["versions"] = record["versions"]
     ppo = next((s.path for s in systems if s.name == "ppo"), systems[-1].path)
-    write_report(folder.path, report, scored, curves=Path(ppo).parent / "metrics.jsonl", num_samples=config.num_samples)
+    write_report(
+        folder.path, report, scored, curves=Path(ppo).parent / "metrics.jsonl", num_samples=config.num_samples
+    )
     folder.drop_states()
     print_table(report)
     print(f"{report['verdict']}\nreport: {folder.path / 'report.md'} ({stage.seconds:.0f} s)")
@@ -82,7 +93,9 @@ def warn_of_seen_prompts(stage: Stage, prompts: Any) -> None:
 
 
 def optional_scorer(key: str, spec: dict[str, Any] | None, config: Any, engine: Any) -> Any | None:
-    """The scorer of `proxy` or `gold`; None where it is null, or is this run's own and the run has not made it."""
+    """The scorer of `proxy` or `gold`; None where it is null, or is this run's own and the run has not made
+    it.
+    """
     if spec is None or (spec["kind"] == "classifier" and spec.get("train") is None):
         return None
     if spec["kind"] == "model" and spec["path"].startswith(config.runs) and not Path(spec["path"]).exists():
@@ -91,45 +104,54 @@ def optional_scorer(key: str, spec: dict[str, Any] | None, config: Any, engine: 
     return build_scorer(spec, config, engine)
 
 
-def sample_all(stage: Stage, systems: list[System], prompts: Any, engine: Any, proxy: Any) -> dict[str, Any]:
+def sample_all(
+    stage: Stage, systems: list[System], prompts: Any, engine: Any, proxy: Any
+) -> dict[System, list[Generation]]:
     """The generations of every system; those that an interrupted run finished are read back."""
     config, store = stage.config, stage.folder.path / "state"
     store.mkdir(exist_ok=True)
     bar = progress(len(systems) * len(prompts), unit="response", description="evaluate")
     generations = {}
-    loaded: tuple[str, Any] = ("", None)
+    policy, loaded = None, ""
     for system in systems:
         path = store / f"{system.name}.jsonl"
         if not path.exists():
-            if loaded[0] != system.path:
-                loaded = (system.path, load_causal_lm(system.path, load_options(config.model, engine, trained=False)))
-            codec = load_codec(system.path, config.data)
+            if policy is None or loaded != system.path:
+                policy, loaded = load_policy(system.path, config, engine), system.path
             found = generate(
-                system, loaded[1], codec, engine, prompts, proxy=proxy, batch_size=config.batch_size, seed=config.seed, bar=bar
+                system,
+                policy,
+                prompts,
+                proxy=proxy,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                bar=bar,
             )
             save_generations(path, found)
-        generations[system.name] = load_generations(path)
+        generations[system] = load_generations(path)
     bar.close()
     return generations
 
 
 def score_all(
-    config: Any, systems: list[System], generations: dict[str, Any], reference: str, engine: Any, scorers: tuple[Any, Any]
+    config: Any, generations: dict[System, list[Generation]], reference: Policy, proxy: Any, gold: Any
 ) -> list[Scored]:
     """Proxy and gold scores of all generations, and their log-ratios to the reference policy."""
-    model = load_causal_lm(reference, load_options(config.model, engine, trained=False))
-    codec = load_codec(reference, config.data)
     results = []
-    for system in systems:
-        rows = generations[system.name]
+    for system, rows in generations.items():
         prompts, texts = [g.prompt for g in rows], [g.response for g in rows]
-        proxy, gold = (None if s is None else checked_scores(s, prompts, texts).tolist() for s in scorers)
+        scores = [None if s is None else checked_scores(s, prompts, texts).tolist() for s in (proxy, gold)]
         ratios = None
-        if same_tokenizer(system.path, reference):
-            temperature = config.decoding.temperature
+        if same_tokenizer(system.path, reference.codec.tokenizer.name_or_path):
             logprobs = reference_logprobs(
-                model, codec, engine, rows, temperature=temperature, batch_size=config.batch_size
+                reference, rows, temperature=config.decoding.temperature, batch_size=config.batch_size
             )
             ratios = [g.logprob - logprob for g, logprob in zip(rows, logprobs, strict=True)]
-        results.append(Scored(system, rows, proxy, gold, ratios))
+        results.append(Scored(system, rows, proxy=scores[0], gold=scores[1], log_ratios=ratios))
     return results
+
+
+def load_policy(path: str, config: Any, engine: Any) -> Policy:
+    """A frozen policy from a checkpoint folder or hub name."""
+    model = load_causal_lm(path, load_options(config.model, engine, trained=False), key="systems")
+    return Policy(model, load_codec(path, config.data), engine)

@@ -1,4 +1,6 @@
-"""stage=ppo: reinforcement learning of the SFT policy against a reward, with a KL penalty to where it started."""
+"""stage=ppo: reinforcement learning of the SFT policy against a reward, with a KL penalty to where it
+started.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ from rlhf.checkpoint import find_parent
 from rlhf.checks import print_checks
 from rlhf.engine import build_engine, seed_everything
 from rlhf.models.loading import load_codec, num_parameters
-from rlhf.ppo_run import PPORun, build_reward
 from rlhf.models.roles import build_roles
+from rlhf.ppo_run import PPORun, build_reward
 from rlhf.training import full_precision, model_card, write_model
 from stages.common import Stage, resolved
 
@@ -27,7 +29,7 @@ def main(overrides: list[str]) -> None:
     prompts = stage.read(config.data.prompts.ppo, "prompts", "data.prompts.ppo")
     roles = build_roles(config, engine)
     reward = build_reward(config, engine, roles)
-    run = PPORun(config, codec, engine, roles, reward, prompts, folder)
+    run = PPORun(config, codec, roles, reward, prompts, folder)
     checks = run.train(stage.state)
 
     model = full_precision(config, folder, roles.actor_critic.policy, base=config.policy, task="CAUSAL_LM")

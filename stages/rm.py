@@ -75,7 +75,8 @@ def main(overrides: list[str]) -> None:
     folder.drop_states()
     print_checks(checks)
     print(
-        f"held-out accuracy {results['accuracy']['mean']:.3f}; model in {folder.model} ({stage.seconds:.0f} s)"
+        f"held-out accuracy {results['accuracy']['mean']:.3f}; "
+        f"model in {folder.model} ({stage.seconds:.0f} s)"
     )
 
 

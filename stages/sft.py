@@ -40,11 +40,12 @@ def main(overrides: list[str]) -> None:
         "of": len(train),
     }
     print(
-        f"{len(train)} demonstrations; cut to max_length: {rows.num_cut_prompts} prompts, {rows.num_cut_responses} responses"
+        f"{len(train)} demonstrations; cut to max_length: {rows.num_cut_prompts} prompts, "
+        f"{rows.num_cut_responses} responses"
     )
 
     engine = build_engine(config.engine, num_parameters(config.policy))
-    run = SFT(config, codec, engine, rows.rows, eval_rows.rows, folder)
+    run = SFT(config, codec, engine, {"train": rows.rows, "eval": eval_rows.rows}, folder)
     base_loss, loss = run.train(stage.state)
     samples = run.samples(held_out[:NUM_EOS_SAMPLES], config.data.max_response_tokens)
     checks = sft_checks(base_loss, loss, samples)
@@ -55,7 +56,7 @@ def main(overrides: list[str]) -> None:
         folder.path / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shown)
     )
 
-    model = full_precision(config, folder, run.trainer.model, base=config.policy, task="CAUSAL_LM")
+    model = full_precision(config, folder, run.model, base=config.policy, task="CAUSAL_LM")
     model.generation_config.eos_token_id = sorted({codec.eos_token_id, codec.tokenizer.eos_token_id})
     facts = {
         "data": config.data.name,

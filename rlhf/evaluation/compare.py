@@ -1,4 +1,6 @@
-"""From samples and scores to the numbers of the report: means with intervals, win rates, KL, length, repetition."""
+"""From samples and scores to the numbers of the report: means with intervals, win rates, KL, length,
+repetition.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ DISTINCT_LENGTH = 16
 
 @dataclass(frozen=True)
 class Scored:
-    """A system's generations with their scores and, where the reference shares its tokenizer, their log-ratios."""
+    """A system's generations with their scores and, where the reference shares its tokenizer, their log-
+    ratios.
+    """
 
     system: System
     generations: list[Generation]
@@ -45,9 +49,16 @@ def summarise(scored: Scored, *, num_bootstrap: int, seed: int) -> dict[str, Any
 
 
 def _kl(scored: Scored, **options: int) -> dict[str, Any]:
-    """KL to the reference in nats per response: the mean log-ratio of own samples, or the bound of best-of-n."""
+    """KL to the reference in nats per response: the mean log-ratio of own samples, or the bound of best-
+    of-n.
+    """
     if scored.system.best_of > 1:
-        return {"kl": best_of_n_kl(scored.system.best_of), "kl_low": None, "kl_high": None, "kl_is_bound": True}
+        return {
+            "kl": best_of_n_kl(scored.system.best_of),
+            "kl_low": None,
+            "kl_high": None,
+            "kl_is_bound": True,
+        }
     if scored.log_ratios is None:
         return {"kl": None, "kl_low": None, "kl_high": None, "kl_is_bound": False}
     estimate = bootstrap_mean(scored.log_ratios, **options)
@@ -73,12 +84,16 @@ def compare(all_scored: Sequence[Scored], baseline: str, *, num_bootstrap: int, 
             names = {"a": scored.system.name, "b": baseline, "judge": judge}
             rate = win_rate(ours, theirs, num_bootstrap=num_bootstrap, seed=seed)
             rates.append(names | vars(rate))
-            differences.append(names | vars(paired_difference(ours, theirs, num_bootstrap=num_bootstrap, seed=seed)))
+            differences.append(
+                names | vars(paired_difference(ours, theirs, num_bootstrap=num_bootstrap, seed=seed))
+            )
     return {"win_rates": rates, "differences": differences}
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """One sentence on whether the last system is better than the baseline by the gold scorer, and at what KL."""
+    """One sentence on whether the last system is better than the baseline by the gold scorer, and at what
+    KL.
+    """
     systems, baseline = report["systems"], report["baseline"]
     name = "ppo" if "ppo" in systems else next(reversed(systems))
     found = [d for d in report["differences"] if d["a"] == name and d["judge"] == "gold"]

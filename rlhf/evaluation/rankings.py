@@ -22,7 +22,9 @@ NUM_BOOTSTRAP = 2000
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses of one prompt: its index, the better and the worse text, and their places in the record."""
+    """Two responses of one prompt: its index, the better and the worse text, and their places in the
+    record.
+    """
 
     prompt: int
     better: str
@@ -67,15 +69,22 @@ def tfidf_gaps(train: Sequence[RankedList], held_out: Sequence[Pair], *, seed: i
     from sklearn.linear_model import LogisticRegression
 
     pairs = untied_pairs(train)
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]"
+    )
     try:
         vectorizer.fit([text for record in train for text in record.responses])
     except ValueError:  # no word stands twice: nothing to learn from
         return np.zeros(len(held_out))
 
     def features(some: Sequence[Pair]) -> Any:
-        better, worse = vectorizer.transform([p.better for p in some]), vectorizer.transform([p.worse for p in some])
-        length = csr_matrix(np.log1p([[len(p.better)] for p in some]) - np.log1p([[len(p.worse)] for p in some]))
+        better, worse = (
+            vectorizer.transform([p.better for p in some]),
+            vectorizer.transform([p.worse for p in some]),
+        )
+        length = csr_matrix(
+            np.log1p([[len(p.better)] for p in some]) - np.log1p([[len(p.worse)] for p in some])
+        )
         return hstack([better - worse, length]).tocsr()
 
     differences = features(pairs)
@@ -89,7 +98,9 @@ def tfidf_gaps(train: Sequence[RankedList], held_out: Sequence[Pair], *, seed: i
 
 def score_length_correlation(scores: Sequence[float], texts: Sequence[str]) -> float | None:
     """Pearson correlation of scores with lengths in characters."""
-    return pearson(np.asarray(scores, dtype=np.float64), np.array([len(text) for text in texts], dtype=np.float64))
+    return pearson(
+        np.asarray(scores, dtype=np.float64), np.array([len(text) for text in texts], dtype=np.float64)
+    )
 
 
 def accuracy_by_gap(gaps: Floats, records: Sequence[RankedList], pairs: Sequence[Pair]) -> dict[str, float]:
@@ -102,8 +113,12 @@ def accuracy_by_gap(gaps: Floats, records: Sequence[RankedList], pairs: Sequence
     return {name: float(correct[thirds == i].mean()) for i, name in enumerate(names) if (thirds == i).any()}
 
 
-def ranking_checks(model: Estimate, longer: Estimate, tfidf: Estimate, invariance: float, tolerance: float) -> list[Check]:
-    """Whether the reward model beats chance and length, and whether its score depends on the response alone."""
+def ranking_checks(
+    model: Estimate, longer: Estimate, tfidf: Estimate, invariance: float, tolerance: float
+) -> list[Check]:
+    """Whether the reward model beats chance and length, and whether its score depends on the response
+    alone.
+    """
 
     def shown(estimate: Estimate) -> str:
         return f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
@@ -113,7 +128,7 @@ def ranking_checks(model: Estimate, longer: Estimate, tfidf: Estimate, invarianc
             "held-out accuracy above chance",
             model.low > 0.5,
             shown(model),
-            "an interval that reaches .5 means too few pairs or nothing learned: more data, or another learning_rate",
+            "an interval that reaches .5: too few pairs, or nothing learned; give more data",
         ),
         Check(
             "better than 'longer wins'",

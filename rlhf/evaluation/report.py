@@ -11,8 +11,9 @@ from rlhf.checkpoint import write_text
 from rlhf.evaluation.compare import Scored
 
 SIMULATED = (
-    "The preferences behind this run are simulated: a classifier trained on human labels ranked the responses, and a "
-    "second classifier, of another kind and trained on other texts, gives the gold score. No person judged a response."
+    "The preferences behind this run are simulated: a classifier trained on human labels ranked the "
+    "responses, and a second one, of another kind and trained on other texts, gives the gold score. "
+    "No person judged them."
 )
 COLUMNS = ("system", "gold", "proxy", "KL", "length", "ended", "rep-4", "distinct-2", "wins (gold)")
 
@@ -48,7 +49,9 @@ def print_table(report: dict[str, Any]) -> None:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
-def write_report(folder: Path, report: dict[str, Any], scored: Sequence[Scored], *, curves: Path | None, num_samples: int) -> None:
+def write_report(
+    folder: Path, report: dict[str, Any], scored: Sequence[Scored], *, curves: Path | None, num_samples: int
+) -> None:
     """Write report.json, the plots and report.md into a stage folder."""
     write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     plots = folder / "plots"
@@ -56,14 +59,18 @@ def write_report(folder: Path, report: dict[str, Any], scored: Sequence[Scored],
     names = [plot_scores(report, plots / "scores.png")]
     if curves is not None and curves.exists():
         names.append(plot_training(curves, plots / "training.png"))
-    write_text(folder / "report.md", _markdown(report, scored, [f"plots/{name}" for name in names], num_samples))
+    write_text(
+        folder / "report.md", _markdown(report, scored, [f"plots/{name}" for name in names], num_samples)
+    )
 
 
 def plot_scores(report: dict[str, Any], path: Path) -> str:
     """Gold and proxy of every system with 95% intervals."""
     pyplot = _pyplot()
     judges = [j for j in ("gold", "proxy") if all(e[j] is not None for e in report["systems"].values())]
-    figure, axes = pyplot.subplots(1, max(len(judges), 1), figsize=(4.5 * max(len(judges), 1), 3.2), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, max(len(judges), 1), figsize=(4.5 * max(len(judges), 1), 3.2), squeeze=False
+    )
     names = list(report["systems"])
     for axis, judge in zip(axes[0], judges, strict=False):
         entries = [report["systems"][name][judge] for name in names]
@@ -85,7 +92,11 @@ def plot_training(metrics: Path, path: Path) -> str:
     pyplot = _pyplot()
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = pyplot.subplots(1, 3, figsize=(10, 2.8))
-    titles = {"score": "reward model's score", "kl": "KL to SFT, nats per response", "length": "response length, tokens"}
+    titles = {
+        "score": "reward model's score",
+        "kl": "KL to SFT, nats per response",
+        "length": "response length, tokens",
+    }
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         axis.plot([row["step"] for row in rows], [row[key] for row in rows], color="tab:blue")
         axis.set_title(title)
@@ -97,16 +108,20 @@ def plot_training(metrics: Path, path: Path) -> str:
     return path.name
 
 
-def _markdown(report: dict[str, Any], scored: Sequence[Scored], plots: Sequence[str], num_samples: int) -> str:
+def _markdown(
+    report: dict[str, Any], scored: Sequence[Scored], plots: Sequence[str], num_samples: int
+) -> str:
     header = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS) + "\n"
     table = header + "".join("| " + " | ".join(row) + " |\n" for row in table_rows(report))
     images = "\n".join(f"![{name}]({name})" for name in plots)
     note = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
     return (
         f"# {report['name']}\n\n**{report['verdict']}**\n{note}\n"
-        f"{report['num_prompts']} unseen prompts, one response each, the same decoding, length limit and random numbers "
-        f"for all. Intervals are 95% (bootstrap over prompts); KL is to `{report['reference']}`, a bound for best-of-n; "
-        f"wins are against `{report['baseline']}`.\n\n{table}\n{images}\n\n## Samples\n\n{_samples(scored, num_samples)}"
+        f"{report['num_prompts']} unseen prompts, one response each; the same decoding, length limit and "
+        "random numbers for all. Intervals are 95% (bootstrap over prompts). KL is to "
+        f"`{report['reference']}`, a bound for best-of-n. Wins are against `{report['baseline']}`.\n\n"
+        f"{table}\n{images}\n\n"
+        f"## Samples\n\n{_samples(scored, num_samples)}"
         f"\n## How to reproduce\n\n`{report['command']}`\n\n"
         + "".join(f"- {name} {version}\n" for name, version in report["versions"].items())
     )
@@ -119,8 +134,8 @@ def _samples(scored: Sequence[Scored], num_samples: int) -> str:
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         lines = [f"**{_escaped(text)}** ...\n\n| system | response | gold | proxy |\n|---|---|---|---|\n"]
         for each in scored:
-            numbers = [f"{scores[i]:.2f}" if scores else "-" for scores in (each.gold, each.proxy)]
-            lines.append(f"| {each.system.name} | {_escaped(each.generations[i].response)} | {numbers[0]} | {numbers[1]} |\n")
+            numbers = " | ".join(f"{scores[i]:.2f}" if scores else "-" for scores in (each.gold, each.proxy))
+            lines.append(f"| {each.system.name} | {_escaped(each.generations[i].response)} | {numbers} |\n")
         blocks.append("".join(lines))
     return "\n".join(blocks)
 

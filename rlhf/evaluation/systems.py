@@ -1,6 +1,8 @@
-"""The systems that are compared: a checkpoint with a way of decoding, and its samples on the evaluation prompts.
+"""The systems that are compared: a checkpoint with a way of decoding, and its samples on the evaluation
+prompts.
 
-P prompts, R response positions. All systems see the same prompts, the same length limit and the same random numbers.
+P prompts, R response positions. All systems see the same prompts, the same length limit and the same random
+numbers.
 """
 
 from __future__ import annotations
@@ -15,12 +17,11 @@ import torch
 
 from rlhf.batches import Rollout, join, left_pad
 from rlhf.checkpoint import write_text
-from rlhf.engine import Engine
 from rlhf.models.forward import response_logprobs
 from rlhf.records import PromptRecord
 from rlhf.rewards import checked_scores
-from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
-from rlhf.text import TextCodec
+from rlhf.sampling.policy import Policy
+from rlhf.sampling.sampler import Decoding
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Generation:
 
 
 def build_systems(specs: dict[str, Any], decoding: Decoding) -> list[System]:
-    """Systems from the `systems` key: a path, or {path, decoding: {...}, best_of: n} on top of the common decoding."""
+    """Systems from the `systems` key: a path, or {path, decoding: {...}, best_of: n} on top of the common
+    decoding.
+    """
     systems = []
     for name, spec in specs.items():
         spec = {"path": spec} if isinstance(spec, str) else spec
@@ -54,11 +57,9 @@ def build_systems(specs: dict[str, Any], decoding: Decoding) -> list[System]:
     return systems
 
 
-def generate(  # noqa: PLR0913 (a system with its model, text rules and device, and what it answers)
+def generate(  # noqa: PLR0913 (a system with its policy, what it answers, and how)
     system: System,
-    model: Any,
-    codec: TextCodec,
-    engine: Engine,
+    policy: Policy,
     records: Sequence[PromptRecord],
     *,
     proxy: Any,
@@ -68,22 +69,16 @@ def generate(  # noqa: PLR0913 (a system with its model, text rules and device, 
 ) -> list[Generation]:
     """One response of a system to each prompt; with `best_of` the one that the proxy scores highest."""
     if system.best_of > 1 and proxy is None:
-        raise ValueError(f"systems.{system.name}: best_of={system.best_of} needs a proxy to choose by; set proxy=")
+        raise ValueError(
+            f"systems.{system.name}: best_of={system.best_of} needs a proxy to choose by; set proxy="
+        )
     chosen: list[Generation] = []
     per_batch = max(1, batch_size // system.best_of)
     for start in range(0, len(records), per_batch):
-        batch = [record for record in records[start : start + per_batch] for _ in range(system.best_of)]
-        uniforms = draw_uniforms(len(batch), system.decoding.max_new_tokens, seed * 1_000_003 + start)
-        with engine.autocast():
-            rollout = sample(
-                model,
-                [codec.encode_prompt(record.prompt) for record in batch],
-                system.decoding,
-                eos_token_id=codec.eos_token_id,
-                pad_token_id=codec.pad_token_id,
-                uniforms=uniforms,
-            )
-        found = _generations(batch, rollout, codec)
+        batch = records[start : start + per_batch]
+        prompts = [record.prompt for record in batch for _ in range(system.best_of)]
+        rollout = policy.respond(prompts, system.decoding, seed=seed * 1_000_003 + start)
+        found = _generations(prompts, rollout, policy)
         if system.best_of > 1:
             scores = checked_scores(proxy, [g.prompt for g in found], [g.response for g in found])
             best = scores.view(-1, system.best_of).argmax(1)
@@ -93,27 +88,26 @@ def generate(  # noqa: PLR0913 (a system with its model, text rules and device, 
     return chosen
 
 
-def _generations(records: Sequence[PromptRecord], rollout: Rollout, codec: TextCodec) -> list[Generation]:
+def _generations(prompts: Sequence[Any], rollout: Rollout, policy: Policy) -> list[Generation]:
     assert rollout.behaviour_logprobs is not None
     logprobs = rollout.behaviour_logprobs.sum(1).tolist()
-    return [
-        Generation(record.prompt, codec.decode_response(tokens), tokens, tokens[-1] == codec.eos_token_id, logprob)
-        for record, tokens, logprob in zip(records, rollout.responses(), logprobs, strict=True)
-    ]
+    columns = (prompts, policy.texts(rollout), rollout.responses(), policy.ended(rollout), logprobs)
+    return [Generation(*row) for row in zip(*columns, strict=True)]
 
 
 @torch.no_grad()
 def reference_logprobs(
-    model: Any, codec: TextCodec, engine: Engine, generations: Sequence[Generation], *, temperature: float, batch_size: int
+    reference: Policy, generations: Sequence[Generation], *, temperature: float, batch_size: int
 ) -> list[float]:
     """Log-probs (P,) of whole responses under a reference policy with the same tokenizer."""
+    codec, engine = reference.codec, reference.engine
     totals: list[float] = []
     for start in range(0, len(generations), batch_size):
         batch = generations[start : start + batch_size]
-        prompts = left_pad([codec.encode_prompt(g.prompt) for g in batch], codec.pad_token_id, device=engine.device)
+        prompts = left_pad([codec.encode_prompt(g.prompt) for g in batch], codec.pad_token_id, engine.device)
         rollout = join(prompts, [g.tokens for g in batch], codec.pad_token_id)
         with engine.autocast():
-            totals += response_logprobs(model, rollout, temperature=temperature).sum(1).tolist()
+            totals += response_logprobs(reference.model, rollout, temperature=temperature).sum(1).tolist()
     return totals
 
 

@@ -14,8 +14,9 @@ from rlhf.models.loading import LoadOptions, load_causal_lm, new_reward_model
 def add_lora(model: Any, adapter: Any, *, task: str | None) -> Any:
     """Freeze a model and add a LoRA adapter in float32.
 
-    `task` is "CAUSAL_LM", "SEQ_CLS" (its score head trains too), or None for a critic, whose value head lies outside.
-    LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685; QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
+    `task` is "CAUSAL_LM", "SEQ_CLS" (its score head trains too), or None for a critic, whose value head lies
+    outside. LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685; QLoRA: Dettmers et al. 2023,
+    https://arxiv.org/abs/2305.14314
     """
     if adapter.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -38,7 +39,9 @@ def uses_lora(adapter: Any) -> bool:
 
 
 def merged_copy(base: str, adapter_folder: Path, *, task: str) -> Any:
-    """Merge a saved adapter into a float32 copy of its base, read anew: the base itself is never rounded twice."""
+    """Merge a saved adapter into a float32 copy of its base, read anew: the base itself is never rounded
+    twice.
+    """
     options = LoadOptions(dtype=torch.float32)
     model = new_reward_model(base, options) if task == "SEQ_CLS" else load_causal_lm(base, options)
     return PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload()

@@ -1,7 +1,8 @@
 """Forward passes over rollouts: log-probs, values and scores at response positions only.
 
-B sequences, P prompt positions, R response positions, L = P + R, N real response tokens, H width, V vocabulary.
-Token t of a response is predicted by the hidden state just before it; this file holds the one shift by one.
+B sequences, P prompt positions, R response positions, L = P + R, N real response tokens, H width, V
+vocabulary. Token t of a response is predicted by the hidden state just before it; this file holds the one
+shift by one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from rlhf.numerics.masked import last_true_index
 
 
 def hidden_states(model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states (B, L, H) of tokens (B, L), positions counted over real tokens, padding on either side."""
+    """Last hidden states (B, L, H) of tokens (B, L), positions counted over real tokens, padding on either
+    side.
+    """
     output = trunk(model)(
         input_ids=tokens,
         attention_mask=attention_mask.long(),
@@ -35,8 +38,12 @@ def response_logprobs(model: Any, rollout: Rollout, *, temperature: float) -> Te
     return _scattered(token_logprobs(logits, tokens, temperature), rollout.response_mask)
 
 
-def response_logprobs_and_entropy(model: Any, rollout: Rollout, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs (B, R) as in `response_logprobs`, and the entropy (B, R) in nats of each token's distribution."""
+def response_logprobs_and_entropy(
+    model: Any, rollout: Rollout, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probs (B, R) as in `response_logprobs`, and the entropy (B, R) in nats of each token's
+    distribution.
+    """
     logits = _response_logits(model, rollout)
     tokens = rollout.response_tokens[rollout.response_mask]
     with torch.no_grad():

@@ -1,9 +1,11 @@
-"""Loading models and tokenizers: number types, 4-bit and 8-bit weights, and refusal of the wrong kind by name."""
+"""Loading models and tokenizers: number types, 4-bit and 8-bit weights, and refusal of the wrong kind by
+name.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
 )
-
 from transformers.utils import logging as transformers_logging
 
 from rlhf.engine import Engine
@@ -36,7 +37,7 @@ class LoadOptions:
     attention: str = "sdpa"
     revision: str | None = None
     trust_remote_code: bool = False
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`; only safetensors are read."""
@@ -108,7 +109,9 @@ def load_reward_model(path: str, options: LoadOptions, *, key: str = "reward.pat
         )
     model, report = _load_classifier(path, options)
     if report["missing_keys"]:
-        raise ValueError(f"{key}={path} has no weights for {sorted(report['missing_keys'])}; retrain it with stage=rm")
+        raise ValueError(
+            f"{key}={path} has no weights for {sorted(report['missing_keys'])}; retrain it with stage=rm"
+        )
     if model.config.num_labels != 1:
         raise ValueError(f"{key}={path} gives {model.config.num_labels} labels; a reward model gives 1")
     return _placed(model, options)
@@ -122,13 +125,13 @@ def new_reward_model(path: str, options: LoadOptions) -> Any:
     return _placed(model, options)
 
 
-def trunk(model: Any) -> nn.Module:
+def trunk(model: Any) -> Any:
     """The transformer below the head, LoRA layers included; its output is the last hidden state (B, L, H)."""
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     return inner.base_model
 
 
-def head(model: Any) -> nn.Module:
+def head(model: Any) -> Any:
     """The output layer: the vocabulary matrix of a language model, the score head of a reward model."""
     inner = model.get_base_model() if hasattr(model, "peft_config") else model
     return inner.score if hasattr(inner, "score") else inner.get_output_embeddings()
@@ -150,7 +153,9 @@ def num_parameters(path: str, *, revision: str | None = None, trust_remote_code:
 
 
 def same_tokenizer(path_a: str, path_b: str) -> bool:
-    """Whether two checkpoints turn text into the same tokens; tokens added behind the others (a pad) do not matter."""
+    """Whether two checkpoints turn text into the same tokens; tokens added behind the others (a pad) do not
+    matter.
+    """
     vocabularies = [AutoTokenizer.from_pretrained(path).get_vocab() for path in (path_a, path_b)]
     smaller, larger = sorted(vocabularies, key=len)
     return smaller.items() <= larger.items()
@@ -193,7 +198,9 @@ def _no_dropout(path: str, options: LoadOptions) -> dict[str, float]:
 
 
 def _check_logits(model: Any) -> None:
-    """Refuse a family whose logits are not head(hidden): the log-probs of rollouts would be those of another model."""
+    """Refuse a family whose logits are not head(hidden): the log-probs of rollouts would be those of
+    another model.
+    """
     tokens = torch.tensor([[1, 2, 3]], device=model.device)
     with torch.no_grad():
         expected = model(tokens).logits[0].float()

@@ -1,7 +1,7 @@
 """The four roles of PPO on as few weights as they need.
 
-Full weights: policy, reference, critic and reward are four models. With LoRA the reference is the policy's trunk with its
-adapter off, and the reward model is the critic's trunk with its adapter off.
+Full weights: policy, reference, critic and reward are four models. With LoRA the reference is the policy's
+trunk with its adapter off, and the reward model is the critic's trunk with its adapter off.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class ActorCritic(nn.Module):
 
 
 class Reference:
-    """The frozen policy that the KL penalty is measured against: a model of its own, or a LoRA policy's base."""
+    """The frozen policy that the KL penalty is measured against: a model of its own, or a LoRA policy's
+    base.
+    """
 
     def __init__(self, model: Any | None, policy: Any) -> None:
         self.model = model
@@ -72,18 +74,19 @@ class Reference:
 
 @dataclass(frozen=True)
 class Roles:
-    """The models of a PPO run; `critic_trunk_is_reward` where the critic's base is the reward model itself."""
+    """The models of a PPO run, and whether the critic's trunk is the reward model's."""
 
     actor_critic: ActorCritic
     reference: Reference
+    engine: Engine
     critic_from_reward_model: bool
 
 
 def build_roles(config: Any, engine: Engine) -> Roles:
     """Load policy, reference and critic for the keys `policy`, `critic` and `adapter`.
 
-    The critic starts from the reward model at `critic` with its score head as value head; where that has another
-    tokenizer, or no reward model is named, it starts from the policy's trunk and values of 0.
+    The critic starts from the reward model at `critic` with its score head as value head; where that has
+    another tokenizer, or no reward model is named, it starts from the policy's trunk and values of 0.
     """
     lora = uses_lora(config.adapter)
     trained = load_options(config.model, engine, trained=not lora, quantization=config.adapter.quantization)
@@ -107,7 +110,10 @@ def build_roles(config: Any, engine: Engine) -> Roles:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Roles(
-        ActorCritic(policy, critic, value_head.to(engine.device)), Reference(reference, policy), from_reward_model
+        ActorCritic(policy, critic, value_head.to(engine.device)),
+        Reference(reference, policy),
+        engine,
+        from_reward_model,
     )
 
 
@@ -122,21 +128,22 @@ def _value_head(critic: Any, *, starts_at_zero: bool) -> nn.Linear:
 
 @contextlib.contextmanager
 def adapters_merged(policy: Any) -> Iterator[None]:
-    """Inside, a LoRA policy runs with its adapter folded into the weights; afterwards the base has its own bits back.
+    """Inside, a LoRA policy runs with its adapter folded into the weights; afterwards the base has its own
+    bits back.
 
     Quantized layers keep their adapter beside them: there is no exact way back from a merge.
     """
     layers = [module for module in policy.modules() if isinstance(module, LoraLinear)]
-    weights = [layer.get_base_layer().weight for layer in layers]
+    weights: list[Any] = [layer.get_base_layer().weight for layer in layers]
     if not layers:
         yield
         return
-    originals = [weight.data for weight in weights]
+    originals: list[Tensor] = [weight.data for weight in weights]
     try:
         with torch.no_grad():
-            for layer, weight in zip(layers, weights, strict=True):
+            for layer, weight, original in zip(layers, weights, originals, strict=True):
                 delta = layer.get_delta_weight(layer.active_adapters[0])
-                weight.data = (weight.data.float() + delta.float()).to(weight.dtype)
+                weight.data = (original.float() + delta.float()).to(original.dtype)
         with policy.disable_adapter():
             yield
     finally:

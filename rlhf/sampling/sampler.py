@@ -1,7 +1,8 @@
 """The rollout sampler: one decode loop for training and evaluation.
 
-B sequences, P prompt positions, R response positions, V vocabulary. A row that has ended leaves the batch and the cache.
-The randomness of a row is a row of uniform numbers drawn beforehand, so the tokens do not depend on how rows are batched.
+B sequences, P prompt positions, R response positions, V vocabulary. A row that has ended leaves the batch and
+the cache. The randomness of a row is a row of uniform numbers drawn beforehand, so the tokens do not depend
+on how rows are batched.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ class Decoding:
     def __post_init__(self) -> None:
         limits = (
             ("max_response_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, self.temperature > 0, "above 0; greedy decoding is decoding=greedy"),
+            (
+                "temperature",
+                self.temperature,
+                self.temperature > 0,
+                "above 0; greedy decoding is decoding=greedy",
+            ),
             ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
@@ -51,12 +57,19 @@ def draw_uniforms(num_rows: int, max_new_tokens: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(
-    model: Any, prompts: list[list[int]], decoding: Decoding, *, eos_token_id: int, pad_token_id: int, uniforms: Tensor
+def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and randomness)
+    model: Any,
+    prompts: list[list[int]],
+    decoding: Decoding,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+    uniforms: Tensor,
 ) -> Rollout:
     """Sample one response to each prompt.
 
-    `prompts` are token lists, `uniforms` is (B, R). A response ends with its first EOS or is cut at `max_new_tokens`.
+    `prompts` are token lists, `uniforms` is (B, R). A response ends with its first EOS or is cut at
+    `max_new_tokens`.
     """
     assert uniforms.shape == (len(prompts), decoding.max_new_tokens), uniforms.shape
     batch = left_pad(prompts, pad_token_id, device=model.device)
@@ -83,7 +96,8 @@ def sample(
 def choose_tokens(
     logits: Tensor, uniforms: Tensor, decoding: Decoding, responses: list[list[int]]
 ) -> tuple[Tensor, Tensor]:
-    """Choose the next tokens (B,) from logits (B, V), and their log-probs (B,) under the distribution drawn from.
+    """Choose the next tokens (B,) from logits (B, V), and their log-probs (B,) under the distribution drawn
+    from.
 
     Arg-max (log-prob 0), or inversion of the cumulative distribution at `uniforms`.
     """
