@@ -25,6 +25,8 @@ from typing import Any
 import yaml
 
 from rlhf.checks import Check
+from rlhf.config import STAGES
+from rlhf.sources import is_path_like
 
 # Settings that may differ between a run and its continuation: they change no number.
 FREE_ON_RESUME = {"resume", "overwrite", "force", "show", "tracker", "keep_last", "log_steps"}
@@ -85,17 +87,16 @@ class StageFolder:
         return state
 
     def latest_state(self) -> Path | None:
-        """The newest complete state: step_N of this project, checkpoint-N of transformers' Trainer, or
-        partial.jsonl.
+        """The newest complete state: step_N of this project, checkpoint-N of transformers' Trainer, or a
+        file of finished responses.
         """
-        partial = self.path / "state" / "partial.jsonl"
-        if partial.exists():
-            return partial
+        files = sorted((self.path / "state").glob("[!.]*.jsonl"))
+        if files:
+            return files[-1]
         folders = [
             path
             for path in (self.path / "state").glob("*[-_]*")
-            if _step(path) is not None
-            and (path.name.startswith("step_") or (path / "trainer_state.json").exists())
+            if _step(path) is not None and (path.name.startswith("step_") or _is_whole_checkpoint(path))
         ]
         return max(folders, key=lambda path: _step(path) or 0, default=None)
 
@@ -123,7 +124,7 @@ class StageFolder:
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "parents": [asdict(parent) for parent in parents],
             "checks": [asdict(check) for check in checks],
-            "versions": _versions(),
+            "versions": library_versions(),
             **facts,
         }
         if self.model.exists():
@@ -132,22 +133,21 @@ class StageFolder:
         return record
 
 
-def find_parent(key: str, path: str, *, kind: str, force: bool) -> Parent:
+def find_parent(key: str, path: str, *, kind: str, force: bool, optional: bool = False) -> Parent:
     """Identify an input of a stage and refuse one that is unfinished, of another kind, or failed its own
     checks.
 
-    `kind` is "policy" or "reward_model". A hub name or a folder that no stage wrote is taken as it is.
+    `kind` is "policy", "reward_model" or "records". A hub name or a folder that no stage wrote is taken as
+    it is. `optional`: the stage can do without this input, and the message about a missing one says how.
     """
     folder = Path(path)
     record_file = folder.parent / "stage.json"
     if not folder.exists():
-        if (folder.parent / "config.yaml").exists() or path.startswith(("/", ".")):
-            state = "was not finished" if folder.parent.exists() else "has not been run"
-            raise FileNotFoundError(
-                f"{key}={path} does not exist: the stage that writes it {state}; "
-                f"run stage={folder.parent.name} first, or name another folder with {key}="
-            )
+        if (folder.parent / "config.yaml").exists() or is_path_like(path):
+            raise FileNotFoundError(_missing(key, folder) + (f", or set {key}=null" if optional else ""))
         return Parent(key, path, "")
+    if folder.is_dir():
+        _check_model_folder(key, folder)
     if not record_file.exists():
         if (folder.parent / "config.yaml").exists():
             raise FileNotFoundError(
@@ -166,6 +166,31 @@ def find_parent(key: str, path: str, *, kind: str, force: bool) -> Parent:
         reasons = "; ".join(f"{check['name']}: {check['value']} ({check['meaning']})" for check in failed)
         raise ValueError(f"{key}={path} failed its own checks: {reasons}. Mend it, or go on with force=true")
     return Parent(key, path, record["model_sha256"] if folder.is_dir() else hash_file(folder))
+
+
+def _missing(key: str, path: Path) -> str:
+    stage = path.parent.name
+    if stage not in STAGES:
+        return f"{key}={path} does not exist; name another folder with {key}="
+    state = "was not finished" if path.parent.exists() else "has not been run"
+    return (
+        f"{key}={path} does not exist: the stage that writes it {state}; "
+        f"run stage={stage} first, or name another folder with {key}="
+    )
+
+
+def _check_model_folder(key: str, folder: Path) -> None:
+    """Refuse a folder without a model: a stage's folder itself, a bare adapter, or one that lost files."""
+    if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+        return
+    if (folder / "model" / "config.json").exists():
+        raise FileNotFoundError(f"{key}={folder} is a stage's folder; name {folder / 'model'}")
+    if (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(
+            f"{key}={folder} holds an adapter alone; name the merged model: {folder.parent / 'model'}"
+        )
+    lost = "weights (*.safetensors)" if (folder / "config.json").exists() else "config.json"
+    raise FileNotFoundError(f"{key}={folder} has no {lost}: run the stage that writes it again")
 
 
 @contextlib.contextmanager
@@ -249,7 +274,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _versions() -> dict[str, str]:
+def _is_whole_checkpoint(folder: Path) -> bool:
+    """Whether transformers' Trainer came to the end of a checkpoint: it writes trainer_state.json last."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that results depend on."""
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

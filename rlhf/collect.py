@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoint import write_text
 from rlhf.metrics import progress
 from rlhf.records import PromptRecord, RankedList
 from rlhf.rewards import checked_scores
@@ -99,6 +100,6 @@ def _complete_lines(partial: Path) -> Iterator[list[dict[str, Any]]]:
     text = partial.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        partial.write_text(whole, encoding="utf-8")
+        write_text(partial, whole)
     for line in whole.splitlines():
         yield json.loads(line)

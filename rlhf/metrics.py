@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rlhf.checkpoint import write_text
+
 
 class MetricLog:
     """One JSON object a step in metrics.jsonl, and the same numbers in the tracker (tensorboard, wandb,
@@ -39,7 +41,7 @@ class MetricLog:
                 line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
             ]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            write_text(self.path, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:
         """Flush the tracker."""

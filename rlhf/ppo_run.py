@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,31 @@ def build_reward(config: Any, engine: Engine, roles: Roles) -> Any:
     return RewardModelScorer(critic, codec, engine, name=spec["path"], base_only=critic.disable_adapter)
 
 
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[list[int]]:
+    """Hold back Ctrl-C, so that no state holds half an update; the list is empty until it came.
+
+    The second Ctrl-C stops at once, and what the last checkpoint does not hold is lost.
+    """
+    held: list[int] = []
+
+    def hold(number: int, frame: Any) -> None:
+        if held:
+            raise KeyboardInterrupt
+        held.append(number)
+        print("\nsaving after this update; Ctrl-C again stops at once", flush=True)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield held
+        return
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield held
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class PPORun:
     """The loop over updates. `first` and `last` hold the metrics of the first and the latest update."""
 
@@ -55,6 +83,12 @@ class PPORun:
         prompts: Sequence[PromptRecord],
         folder: StageFolder,
     ) -> None:
+        if config.top_k != 0 or config.top_p != 1:
+            raise ValueError(
+                f"top_k={config.top_k}, top_p={config.top_p}: PPO learns from log-probs of the whole "
+                "distribution that it samples from; set top_k=0 and top_p=1.0 (decoding.top_k and "
+                "decoding.top_p are for evaluation)"
+            )
         self.config, self.codec, self.engine, self.folder = config, codec, roles.engine, folder
         self.roles, self.models, self.reward, self.prompts = roles, roles.actor_critic, reward, prompts
         self.policy = Policy(self.models.policy, codec, roles.engine)
@@ -79,21 +113,16 @@ class PPORun:
             unit="episode",
             description="ppo",
         )
-        try:
+        with contextlib.closing(bar), contextlib.closing(log), interrupts_held() as interrupted:
             for step in range(done + 1, config.updates + 1):
                 metrics, seconds = self.step(step)
                 log.write(step, metrics, seconds)
                 bar.update(config.batch_size)
                 bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("score", "kl", "length")})
-                done = step
-                if step % config.save_every == 0 and step < config.updates:
+                if interrupted or (step % config.save_every == 0 and step < config.updates):
                     self.save(step)
-        except KeyboardInterrupt:
-            self.save(done)
-            raise
-        finally:
-            bar.close()
-            log.close()
+                if interrupted:
+                    raise KeyboardInterrupt
         return self.checks()
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -207,8 +236,6 @@ class PPORun:
 
     def save(self, step: int) -> None:
         """Write the state after `step`."""
-        if step == 0:
-            return
         values = {"step": step, "kl": self.kl.state_dict(), "first": self.first, "last": self.last}
         with self.folder.new_state(step, keep_last=self.config.keep_last) as folder:
             save_training_state(folder, self.models, self.learner.optimizer, values)

@@ -74,15 +74,17 @@ def build_scorer(spec: dict[str, Any], config: Any, engine: Engine) -> Any:
     return WeightedSum([(part["weight"], build_scorer(part, config, engine)) for part in spec["parts"]])
 
 
+def model_paths(key: str, spec: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, path) of every reward model that a scorer spec names."""
+    if spec["kind"] == "sum":
+        parts = enumerate(spec["parts"])
+        return [found for i, part in parts for found in model_paths(f"{key}.parts[{i}]", part)]
+    return [(f"{key}.path", spec["path"])] if spec["kind"] == "model" else []
+
+
 def checked_scores(scorer: Any, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
     """Scores (B,) in float32; a score that is not finite stops with the scorer's name and the response."""
-    scores = torch.tensor(scorer(prompts, responses), dtype=torch.float32)
-    bad = (~scores.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"{scorer.name} gave {scores[bad[0]].item()} for the response {responses[bad[0]][:80]!r}"
-        )
-    return scores
+    return _finite(scorer.name, scorer(prompts, responses), responses)
 
 
 def score_samples(scorer: Any, codec: TextCodec, prompts: Sequence[Prompt], rollout: Rollout) -> torch.Tensor:
@@ -92,7 +94,21 @@ def score_samples(scorer: Any, codec: TextCodec, prompts: Sequence[Prompt], roll
     if isinstance(scorer, WeightedSum):
         parts = [weight * score_samples(part, codec, prompts, rollout) for weight, part in scorer.parts]
         return torch.stack(parts).sum(0)
-    if isinstance(scorer, RewardModelScorer) and scorer.codec.fingerprint() == codec.fingerprint():
-        return torch.tensor(scorer.score_tokens(rollout.sequences()))
     texts = [codec.decode_response(tokens) for tokens in rollout.responses()]
+    if isinstance(scorer, RewardModelScorer) and _same_vocabulary(scorer.codec, codec):
+        return _finite(scorer.name, scorer.score_tokens(rollout.sequences()), texts)
     return checked_scores(scorer, prompts, texts)
+
+
+def _same_vocabulary(one: TextCodec, other: TextCodec) -> bool:
+    """Whether token ids stand for the same text; a pad token added behind the others does not matter."""
+    smaller, larger = sorted((each.tokenizer.get_vocab() for each in (one, other)), key=len)
+    return smaller.items() <= larger.items()
+
+
+def _finite(name: str, given: Sequence[float], responses: Sequence[str]) -> torch.Tensor:
+    scores = torch.tensor(given, dtype=torch.float32)
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{name} gave {scores[bad[0]].item()} for the response {responses[bad[0]][:80]!r}")
+    return scores

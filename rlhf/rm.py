@@ -62,9 +62,10 @@ def tokenize(records: Sequence[RankedList], codec: TextCodec, max_length: int) -
     fingerprint = codec.fingerprint()
     rows, kept, num_cut, num_long = [], [], 0, 0
     for record in records:
+        cut_before = codec.num_cut_prompts
         prompt = codec.encode_prompt(record.prompt)
         own_tokens = record.response_tokens if record.tokenizer == fingerprint else None
-        tokens, fitting, cut = [], [], False
+        tokens, fitting, cut = [], [], codec.num_cut_prompts > cut_before
         for index, text in enumerate(record.responses):
             response = list(own_tokens[index]) if own_tokens else codec.encode_response(text)
             if len(response) >= max_length:
@@ -188,6 +189,15 @@ class RewardTraining:
         self.model.eval()
 
 
+def check_calibration_policy(config: Any) -> None:
+    """Refuse a `calibration_policy` whose tokens are not those of `base`."""
+    if not same_tokenizer(config.calibration_policy, config.base):
+        raise ValueError(
+            f"calibration_policy={config.calibration_policy} has another tokenizer than base={config.base}; "
+            "name the SFT model of that base, or set calibration_policy=null"
+        )
+
+
 def calibration_rows(config: Any, codec: TextCodec, engine: Engine, lists: TokenizedLists) -> list[list[int]]:
     """Prompt + response tokens whose scores get mean 0 and variance 1: samples of `calibration_policy`,
     else the lists'.
@@ -195,8 +205,6 @@ def calibration_rows(config: Any, codec: TextCodec, engine: Engine, lists: Token
     if config.calibration_policy is None:
         return [tokens for row in lists.rows for tokens in row.tokens]
     model = load_causal_lm(config.calibration_policy, load_options(config.model, engine, trained=False))
-    if not same_tokenizer(config.calibration_policy, config.base):
-        raise ValueError("calibration_policy has another tokenizer than base; set calibration_policy=null")
     times = -(-config.calibration_prompts // len(lists.records))
     records = (lists.records * times)[: config.calibration_prompts]
     prompts = [record.prompt for record in records]

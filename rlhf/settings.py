@@ -22,7 +22,6 @@ class Model:
     revision: str | None
     trust_remote_code: bool
     attention: str
-    system_prompt: str | None
     learning_rate: LearningRates
 
 
@@ -197,7 +196,7 @@ class RMConfig(StageConfig):
 @dataclass
 class PPOConfig(StageConfig):
     policy: str
-    critic: str
+    critic: str | None
     reward: dict[str, Any]
     updates: int
     batch_size: int

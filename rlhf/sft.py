@@ -43,9 +43,10 @@ def tokenize(records: Sequence[Demonstration], codec: TextCodec, max_length: int
     """
     rows, num_cut_prompts, num_cut_responses = [], 0, 0
     for record in records:
+        cut_before = codec.num_cut_prompts
         whole = codec.encode_conversation(record.prompt, record.response)
         fitted, cut_prompt, cut_response = fit(whole, max_length)
-        num_cut_prompts += cut_prompt
+        num_cut_prompts += cut_prompt or codec.num_cut_prompts > cut_before
         num_cut_responses += cut_response
         rows.append({"input_ids": fitted.tokens, "completion_mask": [int(m) for m in fitted.loss_mask]})
     return TokenizedDemonstrations(Dataset.from_list(rows), num_cut_prompts, num_cut_responses)
@@ -102,8 +103,12 @@ class SFT:
         model.
         """
         base_loss = self.trainer.evaluate()["eval_loss"]
+        if state is None:
+            self.log.write(0, {"eval_loss": base_loss})
         self.trainer.train(resume_from_checkpoint=str(state) if state else None)
-        return base_loss, self.trainer.evaluate()["eval_loss"]
+        loss = self.trainer.evaluate()["eval_loss"]
+        self.log.write(self.trainer.state.global_step, {"eval_loss": loss})
+        return base_loss, loss
 
     def samples(self, records: Sequence[Demonstration], max_new_tokens: int) -> list[dict[str, Any]]:
         """One response to each record's prompt, for people to read and for the share that ends with EOS."""

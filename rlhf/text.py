@@ -51,7 +51,10 @@ class TextCodec:
         self._anchor = self._ids(ANCHOR) if _is_sentence_piece(tokenizer) else []
         self._bos = [tokenizer.bos_token_id] if _wants_bos(tokenizer) else []
         self.pad_token_id: int = tokenizer.pad_token_id
-        self.eos_token_id: int = self._end_of_turn() if self.uses_chat else tokenizer.eos_token_id
+        lead, end_of_turn = _turn_frame(tokenizer) if self.uses_chat else ("", tokenizer.eos_token_id)
+        # White space that the template puts before an assistant's text is sampled, so it is learned too.
+        self._lead = lead
+        self.eos_token_id: int = end_of_turn
 
     def prompt_text(self, prompt: Prompt) -> str:
         """Render a prompt as the text that the model continues."""
@@ -78,11 +81,7 @@ class TextCodec:
 
     def encode_response(self, text: str, *, add_eos: bool = True) -> list[int]:
         """Tokens of a response, the same after any prompt, with EOS as a finished sample has it."""
-        tokens = self._ids((ANCHOR if self._anchor else "") + text)
-        assert tokens[: len(self._anchor)] == self._anchor, (
-            f"the tokenizer merges {ANCHOR!r} with {text[:20]!r}"
-        )
-        return tokens[len(self._anchor) :] + ([self.eos_token_id] if add_eos else [])
+        return self._continuation(self._lead + text) + ([self.eos_token_id] if add_eos else [])
 
     def decode_response(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens: up to the first EOS, special tokens dropped, leading space kept."""
@@ -91,7 +90,8 @@ class TextCodec:
             ids = ids[: ids.index(self.eos_token_id)]
         decode = self.tokenizer.decode
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return decode(self._anchor + ids, **options)[len(decode(self._anchor, **options)) :]
+        text = decode(self._anchor + ids, **options)[len(decode(self._anchor, **options)) :]
+        return text.removeprefix(self._lead)
 
     def fingerprint(self) -> str:
         """A hash of the vocabulary: equal fingerprints mean that token ids stand for the same text."""
@@ -113,46 +113,38 @@ class TextCodec:
                 # A template that rewrites earlier turns cannot be learned turn by turn: only the last one
                 # counts.
                 pieces, done = [], ""
-            context = before[len(done) :]
-            content, after = self._split_turn(messages[: turn + 1], before)
-            pieces.append(
-                (self.encode_response(context, add_eos=False) if done else self._with_bos(context), False)
-            )
-            pieces.append((self.encode_response(content), True))
-            done = before + content + after
+            context = self._without_end_of_turn(before[len(done) :]) if done else before
+            text = self._as_rendered(messages[: turn + 1], before)
+            pieces.append((self._continuation(context) if done else self._with_bos(context), False))
+            pieces.append((self.encode_response(text), True))
+            done = before + self._lead + text
         self.num_prompts += 1
         return _joined(pieces)
 
-    def _split_turn(self, messages: list[dict[str, str]], before: str) -> tuple[str, str]:
-        """The assistant's text as the template renders it, and the end-of-turn text that stands for EOS."""
-        content = messages[-1]["content"]
+    def _as_rendered(self, messages: list[dict[str, str]], before: str) -> str:
+        """The last turn's text as the template writes it after `before`: some strip it."""
+        text = messages[-1]["content"]
         if not self.uses_chat:
-            return content, ""
-        whole = self._render(messages, add_generation_prompt=False)
-        if not whole.startswith(before):
-            return content, ""
-        rest = whole[len(before) :]
-        if not rest.startswith(content):
-            content = content.strip()
-        after = rest[len(content) :] if rest.startswith(content) else ""
-        eos = self.tokenizer.convert_ids_to_tokens(self.eos_token_id)
-        return content, eos if after.startswith(eos) else ""
+            return text
+        rest = self._render(messages, add_generation_prompt=False).removeprefix(before + self._lead)
+        return text if rest.startswith(text) or not rest.startswith(text.strip()) else text.strip()
 
-    def _end_of_turn(self) -> int:
-        """The special token with which the chat template ends an assistant's turn, else the tokenizer's
-        EOS.
-        """
-        eos: int = self.tokenizer.eos_token_id
-        question = [{"role": "user", "content": "x"}]
-        before = self._render(question, add_generation_prompt=True) + "y"
-        whole = self._render([*question, {"role": "assistant", "content": "y"}], add_generation_prompt=False)
-        after = self._ids(whole[len(before) :]) if whole.startswith(before) else []
-        return after[0] if after and after[0] in self.tokenizer.added_tokens_decoder else eos
+    def _without_end_of_turn(self, context: str) -> str:
+        """What follows an assistant's turn, without the end-of-turn token that its response has already."""
+        end_of_turn = self.tokenizer.convert_ids_to_tokens(self.eos_token_id)
+        stripped = context.lstrip()
+        return stripped.removeprefix(end_of_turn) if stripped.startswith(end_of_turn) else context
+
+    def _continuation(self, text: str) -> list[int]:
+        """Tokens of a text in the middle of another."""
+        tokens = self._ids((ANCHOR if self._anchor else "") + text)
+        assert tokens[: len(self._anchor)] == self._anchor, (
+            f"the tokenizer merges {ANCHOR!r} with {text[:20]!r}"
+        )
+        return tokens[len(self._anchor) :]
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return _render(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -175,14 +167,41 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
         )
     tokenizer.padding_side = "right"
     taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if tokenizer.chat_template:
+        taken.add(_turn_frame(tokenizer)[1])
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in taken:
-        special = [tokenizer.unk_token_id, *tokenizer.added_tokens_decoder]
-        free = [token for token in special if token is not None and token not in taken]
+        # Added tokens that are not special are text, runs of spaces for example.
+        special = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+        free = [
+            index for index in (tokenizer.unk_token_id, *special) if index is not None and index not in taken
+        ]
         if free:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
         elif tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _turn_frame(tokenizer: Any) -> tuple[str, int]:
+    """What the chat template writes around an assistant's text: white space before it, and the added token
+    that ends the turn, else the tokenizer's EOS.
+    """
+    question = [{"role": "user", "content": "x"}]
+    before = _render(tokenizer, question, add_generation_prompt=True)
+    answered = [*question, {"role": "assistant", "content": "y"}]
+    whole = _render(tokenizer, answered, add_generation_prompt=False)
+    lead, answer, text = whole[len(before) :].partition("y") if whole.startswith(before) else ("", "", "")
+    if not answer or lead.strip():
+        return "", tokenizer.eos_token_id
+    after = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ends_with_added = bool(after) and after[0] in tokenizer.added_tokens_decoder
+    return lead, after[0] if ends_with_added else tokenizer.eos_token_id
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
 
 
 def _is_sentence_piece(tokenizer: Any) -> bool:

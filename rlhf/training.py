@@ -25,6 +25,11 @@ def trainer_arguments(config: Any, folder: StageFolder, engine: Engine, num_rows
         raise ValueError(
             f"batch_size={config.batch_size} is no multiple of engine.micro_batch_size={micro_batch_size}"
         )
+    if config.save_steps % config.log_steps:
+        raise ValueError(
+            f"save_steps={config.save_steps} is no multiple of log_steps={config.log_steps}: "
+            "a resumed run would average its first log line over fewer steps"
+        )
     steps = max(1, int(num_rows / config.batch_size * config.epochs))
     return {
         "output_dir": str(folder.path / "state"),
@@ -68,8 +73,10 @@ class LogCallback(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move the bar."""
+        """Move the bar; the last step is logged too, whatever `log_steps`."""
         self.bar.update(1)
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the bar."""
@@ -78,22 +85,20 @@ class LogCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Write one line per logging step."""
+        """Write one line per logging step; evaluations and the run's summary are not logged here."""
         numbers = {
             name: float(value) for name, value in (logs or {}).items() if isinstance(value, int | float)
         }
-        loss = numbers.get("loss")
-        if loss is not None and not loss < float("inf"):
+        if "loss" not in numbers:
+            return
+        loss = numbers["loss"]
+        if not loss < float("inf"):
             raise ValueError(
                 f"the loss is {loss} at step {state.global_step}; "
                 "lower learning_rate, or use engine.dtype=float32"
             )
-        timing = {
-            name: numbers.pop(name) for name in list(numbers) if "_per_second" in name or "runtime" in name
-        }
-        self.log.write(state.global_step, numbers, timing)
-        if loss is not None and self.bar is not None:
-            self.bar.set_postfix(loss=f"{loss:.3f}")
+        self.log.write(state.global_step, numbers)
+        self.bar.set_postfix(loss=f"{loss:.3f}")
 
 
 def attach_log(trainer: Trainer, log: MetricLog, description: str) -> None:

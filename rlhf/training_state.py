@@ -41,9 +41,13 @@ def load_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
     """Put back what `save_training_state` wrote and return its `values`."""
     weights = load_file(folder / "weights.safetensors")
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if weights.keys() != trained.keys():
-        names = sorted(weights.keys() ^ trained.keys())[:3]
-        raise ValueError(f"{folder} holds the state of another model: {', '.join(names)} ... differ")
+    shapes = {(name, tensor.shape) for name, tensor in weights.items()}
+    differing = sorted({name for name, _ in shapes ^ {(name, p.shape) for name, p in trained.items()}})
+    if differing:
+        raise ValueError(
+            f"{folder} holds the state of another model: {', '.join(differing[:3])} ... differ; "
+            "resume with the settings it was written with, or start again with overwrite=true"
+        )
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])

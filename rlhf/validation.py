@@ -155,7 +155,7 @@ def _check_keys(key: str, mapping: dict[str, Any], allowed: set[str]) -> None:
 
 def _check_value(key: str, value: Any) -> None:
     last = key.split(".")[-1]
-    if key in NOT_EMPTY and not value.strip():
+    if key in NOT_EMPTY and value is not None and not value.strip():
         raise ValueError(f"{key}= is empty: give it a value, or leave it out")
     if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{key}={value}: one of {', '.join(CHOICES[key])}")

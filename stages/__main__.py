@@ -23,7 +23,7 @@ def main(words: list[str]) -> int:
     try:
         stage, overrides = read_words(words)
         return run(stage, overrides)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # OSError: missing files, a full disk, a hub name not found
         if os.environ.get("RLHF_TRACEBACK") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)

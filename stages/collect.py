@@ -8,7 +8,7 @@ from rlhf.collect import collect_ranked
 from rlhf.engine import build_engine, seed_everything
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters
 from rlhf.records import write_records
-from rlhf.rewards import build_scorer
+from rlhf.rewards import build_scorer, model_paths
 from rlhf.sampling.policy import Policy
 from rlhf.sampling.sampler import Decoding
 from stages.common import Stage, resolved
@@ -22,6 +22,10 @@ def main(overrides: list[str]) -> None:
     config, folder = stage.config, stage.folder
     config.policy = resolved(config.policy)
     parent = find_parent("policy", config.policy, kind="policy", force=config.force)
+    parents = [parent] + [
+        find_parent(key, path, kind="reward_model", force=config.force)
+        for key, path in model_paths("labeller", config.labeller)
+    ]
     seed_everything(config.seed)
     engine = build_engine(config.engine, num_parameters(config.policy))
     codec = load_codec(config.policy, config.data)
@@ -50,7 +54,7 @@ def main(overrides: list[str]) -> None:
         "a labeller that ties its responses, or a policy that repeats itself, leaves nothing to learn from",
     )
     stage.facts["labeller"] = labeller.name
-    folder.finish("records", parents=[parent], checks=[check], seconds=stage.seconds, **stage.facts)
+    folder.finish("records", parents=parents, checks=[check], seconds=stage.seconds, **stage.facts)
     folder.drop_states()
     print_checks([check])
     print(f"{len(lists)} ranked lists in {folder.path / 'ranked.jsonl'} ({stage.seconds:.0f} s)")

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config, resolved_yaml
 from rlhf.records import Record, find_overlap, make_sources, read_records
-from rlhf.sources import resolve_model
+from rlhf.sources import is_path_like, resolve_model
 
 
 class Stage:
@@ -64,5 +64,8 @@ class Stage:
 
 
 def resolved(path: str) -> str:
-    """A model key's value as a folder or hub name; the embedded models are fetched or built on first use."""
-    return resolve_model(path)
+    """A model key's value as a folder or hub name; the embedded models are fetched or built on first use.
+
+    A path that does not exist stays as it is: find_parent says which stage writes it.
+    """
+    return path if is_path_like(path) and not Path(path).expanduser().exists() else resolve_model(path)

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import find_parent
+from rlhf.checkpoint import find_parent, library_versions
 from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.compare import Scored, compare, summarise, verdict
 from rlhf.evaluation.report import print_table, write_report
@@ -62,18 +62,18 @@ def main(overrides: list[str]) -> None:
         "proxy": proxy and proxy.name,
         "gold": gold and gold.name,
         "preferences_simulated": (config.gold or {}).get("kind") == "classifier",
-        "systems": {each.system.name: summarise(each, **options) for each in scored},
+        "systems": {each.system.name: summarise(each, reference=reference, **options) for each in scored},
         **compare(scored, baseline, **options),
         "command": shlex.join(["./launch.sh", "stage=evaluate", *overrides]),
     }
     report["verdict"] = verdict(report)
-    record = folder.finish(
-        "report", parents=parents, checks=[], results=report["systems"], seconds=stage.seconds, **stage.facts
-    )
-    report["versions"] = record["versions"]
+    report["versions"] = library_versions()
     ppo = next((s.path for s in systems if s.name == "ppo"), systems[-1].path)
     write_report(
         folder.path, report, scored, curves=Path(ppo).parent / "metrics.jsonl", num_samples=config.num_samples
+    )
+    folder.finish(
+        "report", parents=parents, checks=[], results=report["systems"], seconds=stage.seconds, **stage.facts
     )
     folder.drop_states()
     print_table(report)

@@ -10,6 +10,7 @@ from rlhf.engine import build_engine, seed_everything
 from rlhf.models.loading import load_codec, num_parameters
 from rlhf.models.roles import build_roles
 from rlhf.ppo_run import PPORun, build_reward
+from rlhf.rewards import model_paths
 from rlhf.training import full_precision, model_card, write_model
 from stages.common import Stage, resolved
 
@@ -20,9 +21,11 @@ def main(overrides: list[str]) -> None:
     config, folder = stage.config, stage.folder
     config.policy = resolved(config.policy)
     parents = [find_parent("policy", config.policy, kind="policy", force=config.force)]
-    for key, path in (("critic", config.critic), ("reward.path", config.reward.get("path"))):
-        if path is not None:
-            parents.append(find_parent(key, path, kind="reward_model", force=config.force))
+    if config.critic is not None:
+        critic = find_parent("critic", config.critic, kind="reward_model", force=config.force, optional=True)
+        parents.append(critic)
+    for key, path in model_paths("reward", config.reward):
+        parents.append(find_parent(key, path, kind="reward_model", force=config.force))
     seed_everything(config.seed)
     engine = build_engine(config.engine, num_parameters(config.policy))
     codec = load_codec(config.policy, config.data)

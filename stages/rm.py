@@ -23,7 +23,15 @@ from rlhf.evaluation.rankings import (
 from rlhf.models.loading import load_codec, num_parameters
 from rlhf.numerics.ranking import calibration
 from rlhf.records import RankedList, prompt_key
-from rlhf.rm import RewardTraining, calibrate, calibration_rows, prepare_for_saving, score_rows, tokenize
+from rlhf.rm import (
+    RewardTraining,
+    calibrate,
+    calibration_rows,
+    check_calibration_policy,
+    prepare_for_saving,
+    score_rows,
+    tokenize,
+)
 from rlhf.training import full_precision, model_card, write_model
 from stages.common import Stage, resolved
 
@@ -36,6 +44,11 @@ def main(overrides: list[str]) -> None:
     parents = [find_parent("base", config.base, kind="policy", force=config.force)]
     if isinstance(config.ranked.train, str) and config.ranked.train.startswith(config.runs):
         parents.append(find_parent("ranked.train", config.ranked.train, kind="records", force=config.force))
+    if config.calibration_policy is not None:
+        config.calibration_policy = resolved(config.calibration_policy)
+        key, path = "calibration_policy", config.calibration_policy
+        parents.append(find_parent(key, path, kind="policy", force=config.force, optional=True))
+        check_calibration_policy(config)
     seed_everything(config.seed)
     codec = load_codec(config.base, config.data)
     train_records, held_out_records = _read_lists(stage)

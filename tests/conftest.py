@@ -15,3 +15,11 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run of all stages on the tiny model, for tests to read or copy."""
+    from tests.stage_runs import run_chain
+
+    return run_chain(tmp_path_factory.mktemp("chain"))

@@ -118,7 +118,7 @@ def test_relative_runs_lie_where_the_user_stands(tmp_path: Path, monkeypatch: py
 )
 def test_a_text_survives_as_it_stands(text: str) -> None:
     assert load_config("sft", [f"name={text}"]).name == text
-    assert load_config("sft", [f"model.system_prompt={text}"]).model.system_prompt == text
+    assert load_config("sft", [f"model.revision={text}"]).model.revision == text
 
 
 @pytest.mark.parametrize(

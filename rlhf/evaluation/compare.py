@@ -28,8 +28,8 @@ class Scored:
     log_ratios: list[float] | None
 
 
-def summarise(scored: Scored, *, num_bootstrap: int, seed: int) -> dict[str, Any]:
-    """The report's entry of one system."""
+def summarise(scored: Scored, *, reference: str, num_bootstrap: int, seed: int) -> dict[str, Any]:
+    """The report's entry of one system; `reference` is the path of the policy that KL is measured to."""
     options = {"num_bootstrap": num_bootstrap, "seed": seed}
     generations = scored.generations
     tokens = [g.tokens for g in generations]
@@ -45,21 +45,25 @@ def summarise(scored: Scored, *, num_bootstrap: int, seed: int) -> dict[str, Any
         "distinct_2": distinct_n(tokens, 2, length=DISTINCT_LENGTH),
         "gold_length_correlation": None if scored.gold is None else pearson(scored.gold, lengths),
     }
-    return entry | _kl(scored, **options)
+    return entry | _kl(scored, reference, **options)
 
 
-def _kl(scored: Scored, **options: int) -> dict[str, Any]:
+def _kl(scored: Scored, reference: str, **options: int) -> dict[str, Any]:
     """KL to the reference in nats per response: the mean log-ratio of own samples, or the bound of best-
     of-n.
+
+    The bound is that of choosing among samples of the reference; of another policy's best-of-n it is not
+    known.
     """
-    if scored.system.best_of > 1:
+    is_best_of_n = scored.system.best_of > 1
+    if is_best_of_n and scored.system.path == reference:
         return {
             "kl": best_of_n_kl(scored.system.best_of),
             "kl_low": None,
             "kl_high": None,
             "kl_is_bound": True,
         }
-    if scored.log_ratios is None:
+    if is_best_of_n or scored.log_ratios is None:
         return {"kl": None, "kl_low": None, "kl_high": None, "kl_is_bound": False}
     estimate = bootstrap_mean(scored.log_ratios, **options)
     return {"kl": estimate.mean, "kl_low": estimate.low, "kl_high": estimate.high, "kl_is_bound": False}
@@ -91,11 +95,14 @@ def compare(all_scored: Sequence[Scored], baseline: str, *, num_bootstrap: int, 
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """One sentence on whether the last system is better than the baseline by the gold scorer, and at what
-    KL.
+    """One sentence on whether ppo, or else the last system, is better than the baseline by the gold scorer,
+    and at what KL.
     """
     systems, baseline = report["systems"], report["baseline"]
-    name = "ppo" if "ppo" in systems else next(reversed(systems))
+    others = [name for name in systems if name != baseline]
+    if not others:
+        return f"{baseline} alone: there is no other system to compare it with."
+    name = "ppo" if "ppo" in others else others[-1]
     found = [d for d in report["differences"] if d["a"] == name and d["judge"] == "gold"]
     if not found:
         return f"No gold scorer: whether {name} is better than {baseline} is not known."

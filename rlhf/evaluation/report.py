@@ -17,6 +17,12 @@ SIMULATED = (
 )
 COLUMNS = ("system", "gold", "proxy", "KL", "length", "ended", "rep-4", "distinct-2", "wins (gold)")
 
+CURVES = {
+    "score": "reward's score",
+    "kl": "KL to the start, nats per response",
+    "length": "response length, tokens",
+}
+
 
 def table_rows(report: dict[str, Any]) -> list[list[str]]:
     """The final table, a row a system, as text."""
@@ -57,8 +63,9 @@ def write_report(
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     names = [plot_scores(report, plots / "scores.png")]
-    if curves is not None and curves.exists():
-        names.append(plot_training(curves, plots / "training.png"))
+    rows = [] if curves is None or not curves.exists() else training_rows(curves)
+    if rows:
+        names.append(plot_training(rows, plots / "training.png"))
     write_text(
         folder / "report.md", _markdown(report, scored, [f"plots/{name}" for name in names], num_samples)
     )
@@ -87,17 +94,17 @@ def plot_scores(report: dict[str, Any], path: Path) -> str:
     return path.name
 
 
-def plot_training(metrics: Path, path: Path) -> str:
+def training_rows(metrics: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl that PPO wrote; other stages' lines have no score and no KL."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if CURVES.keys() <= row.keys()]
+
+
+def plot_training(rows: Sequence[dict[str, float]], path: Path) -> str:
     """Score, KL and length over the updates of a PPO run."""
     pyplot = _pyplot()
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 2.8))
-    titles = {
-        "score": "reward model's score",
-        "kl": "KL to SFT, nats per response",
-        "length": "response length, tokens",
-    }
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(10, 2.8))
+    for axis, (key, title) in zip(axes, CURVES.items(), strict=True):
         axis.plot([row["step"] for row in rows], [row[key] for row in rows], color="tab:blue")
         axis.set_title(title)
         axis.set_xlabel("update")
@@ -112,11 +119,13 @@ def _markdown(
     report: dict[str, Any], scored: Sequence[Scored], plots: Sequence[str], num_samples: int
 ) -> str:
     header = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS) + "\n"
-    table = header + "".join("| " + " | ".join(row) + " |\n" for row in table_rows(report))
+    table = header + "".join(
+        "| " + " | ".join([_escaped(name), *cells]) + " |\n" for name, *cells in table_rows(report)
+    )
     images = "\n".join(f"![{name}]({name})" for name in plots)
     note = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
     return (
-        f"# {report['name']}\n\n**{report['verdict']}**\n{note}\n"
+        f"# {_escaped(report['name'])}\n\n**{_escaped(report['verdict'])}**\n{note}\n"
         f"{report['num_prompts']} unseen prompts, one response each; the same decoding, length limit and "
         "random numbers for all. Intervals are 95% (bootstrap over prompts). KL is to "
         f"`{report['reference']}`, a bound for best-of-n. Wins are against `{report['baseline']}`.\n\n"
@@ -135,7 +144,9 @@ def _samples(scored: Sequence[Scored], num_samples: int) -> str:
         lines = [f"**{_escaped(text)}** ...\n\n| system | response | gold | proxy |\n|---|---|---|---|\n"]
         for each in scored:
             numbers = " | ".join(f"{scores[i]:.2f}" if scores else "-" for scores in (each.gold, each.proxy))
-            lines.append(f"| {each.system.name} | {_escaped(each.generations[i].response)} | {numbers} |\n")
+            lines.append(
+                f"| {_escaped(each.system.name)} | {_escaped(each.generations[i].response)} | {numbers} |\n"
+            )
         blocks.append("".join(lines))
     return "\n".join(blocks)
 
@@ -143,8 +154,10 @@ def _samples(scored: Sequence[Scored], num_samples: int) -> str:
 def _escaped(text: str) -> str:
     """Model text that cannot become markup: no HTML, table cells, links or line breaks of its own."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    for mark in "\\`*_[]|!#":
+    for mark in "\\`*_[]|!#~$":
         text = text.replace(mark, "\\" + mark)
+    for mark, entity in (("://", "&#58;//"), ("www.", "www&#46;"), ("@", "&#64;")):  # bare links
+        text = text.replace(mark, entity)
     return " ".join(text.split())
 
 

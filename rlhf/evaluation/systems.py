@@ -117,5 +117,8 @@ def save_generations(path: Path, generations: Sequence[Generation]) -> None:
 
 
 def load_generations(path: Path) -> list[Generation]:
-    """Read what `save_generations` wrote."""
-    return [Generation(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Read what `save_generations` wrote; texts may hold line separators of Unicode, so only newlines part
+    them.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [Generation(**json.loads(line)) for line in lines]

@@ -5,7 +5,7 @@ name.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def load_causal_lm(path: str, options: LoadOptions, *, key: str = "policy") -> A
     architecture = _architecture(path, options)
     if "SequenceClassification" in architecture:
         raise ValueError(f"{key}={path} is a reward model ({architecture}); a language model is due here")
-    model = AutoModelForCausalLM.from_pretrained(path, **options.arguments(), **_no_dropout(path, options))
+    model = _from_pretrained(AutoModelForCausalLM, path, options)
     _check_logits(model)
     return _placed(model, options)
 
@@ -118,10 +118,9 @@ def load_reward_model(path: str, options: LoadOptions, *, key: str = "reward.pat
 
 
 def new_reward_model(path: str, options: LoadOptions) -> Any:
-    """Put a fresh score head, in float32, on the trunk of any decoder checkpoint."""
+    """Put a score head of zeros, in float32, on the trunk of any decoder checkpoint: all scores start equal."""
     model, _ = _load_classifier(path, options)
-    model.score.to(torch.float32)
-    nn.init.normal_(model.score.weight, std=1.0 / (model.score.in_features + 1) ** 0.5)
+    nn.init.zeros_(model.score.weight)
     return _placed(model, options)
 
 
@@ -161,10 +160,26 @@ def same_tokenizer(path_a: str, path_b: str) -> bool:
     return smaller.items() <= larger.items()
 
 
+def _from_pretrained(auto_class: Any, path: str, options: LoadOptions, **more: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(path, **options.arguments(), **_no_dropout(path, options), **more)
+    except ValueError as error:
+        if "attn_implementation" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} cannot run with model.attention={options.attention}; use model.attention=eager"
+        ) from error
+
+
 def _load_classifier(path: str, options: LoadOptions) -> tuple[Any, dict[str, Any]]:
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, output_loading_info=True, **options.arguments(), **_no_dropout(path, options)
+    """Load trunk and score head; the head keeps its float32 weights whatever the trunk's number type."""
+    whole = options if options.quantization != "none" else replace(options, dtype=torch.float32)
+    model, report = _from_pretrained(
+        AutoModelForSequenceClassification, path, whole, num_labels=1, output_loading_info=True
     )
+    if options.quantization == "none":
+        model.base_model.to(options.dtype)
+    model.score.to(torch.float32)
     model.config.problem_type = "regression"
     return model, report
 
@@ -193,7 +208,7 @@ def _no_dropout(path: str, options: LoadOptions) -> dict[str, float]:
     config = AutoConfig.from_pretrained(
         path, revision=options.revision, trust_remote_code=options.trust_remote_code
     )
-    names = [name for name in config.to_dict() if "dropout" in name or name.endswith("pdrop")]
+    names = [name for name in config.to_dict() if "dropout" in name or name.endswith(("pdrop", "layerdrop"))]
     return {name: 0.0 for name in names if isinstance(getattr(config, name, None), float)}
 
 

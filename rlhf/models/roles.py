@@ -104,9 +104,11 @@ def build_roles(config: Any, engine: Engine) -> Roles:
         critic = add_lora(critic, config.adapter, task=None)
     else:
         critic.score.requires_grad_(False)
-    if config.gradient_checkpointing:
-        for model in (policy, critic):
-            model.train()
+    for model in (policy, critic):
+        _switch_off_dropout(model)
+        # Recomputing in the backward pass is a matter of training mode, which changes nothing else here.
+        model.train(config.gradient_checkpointing)
+        if config.gradient_checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Roles(
@@ -115,6 +117,15 @@ def build_roles(config: Any, engine: Engine) -> Roles:
         engine,
         from_reward_model,
     )
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    """Old, new and reference log-probs must come from one function of the weights, an adapter's dropout
+    included.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def _value_head(critic: Any, *, starts_at_zero: bool) -> nn.Linear:

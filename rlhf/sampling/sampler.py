@@ -7,6 +7,8 @@ on how rows are batched.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +75,19 @@ def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and
     """
     assert uniforms.shape == (len(prompts), decoding.max_new_tokens), uniforms.shape
     batch = left_pad(prompts, pad_token_id, device=model.device)
-    responses: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    loop = _Loop(model, batch)
-    uniforms = uniforms.to(model.device)
+    with _evaluating(model):
+        responses, logprobs = _generate(
+            _Loop(model, batch), decoding, eos_token_id, uniforms.to(model.device)
+        )
+    return join(batch, responses, pad_token_id, logprobs)
+
+
+def _generate(
+    loop: _Loop, decoding: Decoding, eos_token_id: int, uniforms: Tensor
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The tokens of every row up to its first EOS, and their log-probs."""
+    responses: list[list[int]] = [[] for _ in uniforms]
+    logprobs: list[list[float]] = [[] for _ in uniforms]
     for step in range(decoding.max_new_tokens):
         logits = loop.next_logits()
         rows = loop.rows.tolist()
@@ -90,7 +101,18 @@ def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and
         loop.advance(chosen, chosen == eos_token_id)
         if loop.all_ended():
             break
-    return join(batch, responses, pad_token_id, logprobs)
+    return responses, logprobs
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Leave training mode for a while: with gradient checkpointing a model in it ignores the cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def choose_tokens(

@@ -1,0 +1,102 @@
+"""Comparisons: a system against itself, swapped order, KL, and the sentence that sums it up."""
+
+from typing import Any
+
+import pytest
+
+from rlhf.evaluation.compare import Scored, compare, summarise, verdict
+from rlhf.evaluation.systems import Generation, System
+from rlhf.sampling.sampler import Decoding
+
+OPTIONS = {"num_bootstrap": 300, "seed": 0}
+
+
+def scored(name: str, gold: list[float] | None, **more: Any) -> Scored:
+    system = System(name, more.pop("path", name), Decoding(8), more.pop("best_of", 1))
+    texts = more.pop("tokens", [[1, 2, 3]] * 4)
+    generations = [Generation("p", "r", tokens, ended=i > 0, logprob=-1.0) for i, tokens in enumerate(texts)]
+    return Scored(system, generations, more.pop("proxy", None), gold, more.pop("log_ratios", None))
+
+
+def report_of(*systems: Scored, baseline: str, reference: str = "none") -> dict[str, Any]:
+    entries = {s.system.name: summarise(s, reference=reference, **OPTIONS) for s in systems}
+    return {"systems": entries, "baseline": baseline, **compare(systems, baseline, **OPTIONS)}
+
+
+def test_a_system_against_its_equal_wins_half() -> None:
+    report = report_of(scored("a", [1.0, 2.0, 3.0, 4.0]), scored("b", [1.0, 2.0, 3.0, 4.0]), baseline="b")
+    (rate,) = report["win_rates"]
+    assert (rate["win_rate"], rate["low"], rate["high"]) == (0.5, 0.5, 0.5)
+    assert (rate["wins"], rate["ties"], rate["losses"]) == (0, 4, 0)
+    assert report["differences"][0]["mean"] == 0
+
+
+def test_swapped_order_gives_the_complement() -> None:
+    a, b = scored("a", [1.0, 5.0, 3.0, 4.0]), scored("b", [2.0, 2.0, 3.0, 1.0])
+    (ours,), (theirs,) = (compare([a, b], name, **OPTIONS)["win_rates"] for name in ("b", "a"))
+    # wins: 5 > 2 and 4 > 1; tie: 3 = 3; loss: 1 < 2; (2 + 1/2) / 4
+    assert (ours["wins"], ours["ties"], ours["losses"], ours["win_rate"]) == (2, 1, 1, 0.625)
+    assert (theirs["a"], theirs["b"]) == ("b", "a")
+    assert (theirs["wins"], theirs["ties"], theirs["losses"]) == (1, 1, 2)
+    assert theirs["win_rate"] == pytest.approx(1 - ours["win_rate"])
+    assert theirs["low"] == pytest.approx(1 - ours["high"])
+
+
+def test_only_judges_that_there_are_are_asked() -> None:
+    both = [scored(name, [1.0] * 4, proxy=[2.0] * 4) for name in "ab"]
+    assert [rate["judge"] for rate in compare(both, "a", **OPTIONS)["win_rates"]] == ["gold", "proxy"]
+    alone = [scored(name, None, proxy=[2.0] * 4) for name in "ab"]
+    assert [rate["judge"] for rate in compare(alone, "a", **OPTIONS)["win_rates"]] == ["proxy"]
+
+
+def test_summary_by_hand() -> None:
+    tokens = [[1, 2, 3, 1, 2], [1], [1, 2, 3, 4, 1, 2, 3, 4], [5, 6]]
+    entry = summarise(scored("a", [1.0, 2.0, 3.0, 6.0], tokens=tokens), reference="x", **OPTIONS)
+    assert entry["gold"]["mean"] == 3.0 and entry["proxy"] is None
+    assert entry["length"] == 4.0  # (5 + 1 + 8 + 2) / 4
+    assert entry["share_ended"] == 0.75
+    # 4-grams: 2 of 2 differ; none; 4 of 5 differ (1234 twice); none. (0 + 0 + 1/5 + 0) / 4
+    assert entry["rep_4"] == pytest.approx(0.05)
+    assert entry["kl"] is None and not entry["kl_is_bound"]
+
+
+def test_kl_is_the_mean_log_ratio_of_own_samples() -> None:
+    entry = summarise(scored("a", None, log_ratios=[0.0, 1.0, 2.0, 5.0]), reference="x", **OPTIONS)
+    assert entry["kl"] == 2.0 and entry["kl_low"] < 2.0 < entry["kl_high"]
+    same = summarise(scored("a", None, log_ratios=[0.0] * 4), reference="a", **OPTIONS)
+    assert (same["kl"], same["kl_low"], same["kl_high"]) == (0.0, 0.0, 0.0)
+
+
+def test_best_of_n_of_the_reference_has_its_bound_and_of_another_policy_no_kl() -> None:
+    best = scored("best", None, path="sft", best_of=4, log_ratios=[9.0] * 4)
+    entry = summarise(best, reference="sft", **OPTIONS)
+    assert entry["kl"] == pytest.approx(0.636294) and entry["kl_is_bound"]  # ln 4 - 3/4
+    entry = summarise(best, reference="another", **OPTIONS)
+    assert entry["kl"] is None and not entry["kl_is_bound"]
+
+
+@pytest.mark.parametrize(
+    ("ppo", "words"),
+    [
+        ([4.0, 5.0, 6.0, 7.0], "ppo is better than sft by the gold scorer: +3.00"),
+        ([-2.0, -1.0, 0.0, 1.0], "ppo is WORSE than sft"),
+        ([1.0, 2.0, 3.0, 4.0], "ppo cannot be told from sft"),
+    ],
+)
+def test_the_verdict_says_better_worse_or_unknown(ppo: list[float], words: str) -> None:
+    sft = scored("sft", [1.0, 2.0, 3.0, 4.0])
+    trained = scored("ppo", ppo, log_ratios=[1.5] * 4)
+    found = verdict(report_of(trained, sft, baseline="sft"))
+    assert words in found and "KL of 1.50 nats" in found
+
+
+def test_the_verdict_without_ppo_is_on_the_last_of_the_others() -> None:
+    systems = [scored(name, [value] * 4) for name, value in (("a", 1.0), ("b", 3.0), ("base", 2.0))]
+    assert verdict(report_of(*systems, baseline="base")).startswith("b is better than base")
+
+
+def test_the_verdict_needs_a_gold_scorer_and_another_system() -> None:
+    systems = [scored(name, None, proxy=[1.0] * 4) for name in ("sft", "ppo")]
+    assert verdict(report_of(*systems, baseline="sft")).startswith("No gold scorer: whether ppo is better")
+    alone = report_of(scored("sft", [1.0] * 4), baseline="sft")
+    assert verdict(alone) == "sft alone: there is no other system to compare it with."

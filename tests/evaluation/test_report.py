@@ -1,0 +1,120 @@
+"""The report that people read: the table, the plots, and text of models that stays text."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.evaluation.compare import Scored, compare, summarise, verdict
+from rlhf.evaluation.report import print_table, table_rows, training_rows, write_report
+from rlhf.evaluation.systems import Generation, System
+from rlhf.sampling.sampler import Decoding
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "![x](http://evil.example/p.png)",
+    "[click](javascript:alert(1))",
+    "a | b\n| c | d |",
+    "`code` **bold** _it_ ~~gone~~ $x$",
+    "# heading\n\n---\n<img src=x onerror=y>",
+    "https://evil.example www.evil.example me@evil.example",
+    "&lt;b&gt; \\| back \\` slash",
+)
+OPTIONS = {"num_bootstrap": 100, "seed": 0}
+
+
+@pytest.fixture
+def systems() -> list[Scored]:
+    """Return two systems whose prompts and responses try to be markup."""
+
+    def one(name: str, shift: float) -> Scored:
+        rows = [Generation(text, text, [1, 2, 3, 4, 5], ended=True, logprob=-1.0) for text in HOSTILE]
+        scores = [float(i) + shift for i in range(len(rows))]
+        return Scored(System(name, name, Decoding(8)), rows, None, scores, [shift] * len(rows))
+
+    return [one("sft", 0.0), one("p|po", 0.5)]
+
+
+def report_of(systems: list[Scored]) -> dict[str, Any]:
+    report = {
+        "name": "a|<b>",
+        "num_prompts": len(HOSTILE),
+        "baseline": "sft",
+        "reference": "sft",
+        "preferences_simulated": True,
+        "systems": {s.system.name: summarise(s, reference="sft", **OPTIONS) for s in systems},
+        **compare(systems, "sft", **OPTIONS),
+        "command": "./launch.sh stage=evaluate",
+        "versions": {"torch": "2"},
+    }
+    return report | {"verdict": verdict(report)}
+
+
+def test_text_of_models_stays_text(systems: list[Scored], tmp_path: Path) -> None:
+    write_report(tmp_path, report_of(systems), systems, curves=None, num_samples=len(HOSTILE))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for sign in (
+        "<script",
+        "<img",
+        "<b>",
+        "](http:",
+        "](javascript",
+        "://evil",
+        "www.evil",
+        "me@evil",
+        "~~gone",
+    ):
+        assert sign not in text, sign
+    assert not re.findall(r"(?<!\\)\]\((?!plots/)", text)
+    assert "&lt;script&gt;" in text and "\\[click\\]" in text and "\\*\\*bold\\*\\*" in text
+    samples = text.split("## Samples")[1].split("## How to reproduce")[0]
+    rows = [
+        line for line in samples.splitlines() if line.startswith("| ") and not line.startswith("| system")
+    ]
+    assert len(rows) == 2 * len(HOSTILE)
+    for row in rows:  # four cells, whatever the text
+        assert row.replace("\\\\", "").replace("\\|", "").count("|") == 5, row
+    assert not [line for line in samples.splitlines() if line.startswith(("# ", "---"))]
+
+
+def test_the_files_are_there_and_the_plots_are_pictures(systems: list[Scored], tmp_path: Path) -> None:
+    curves = tmp_path / "metrics.jsonl"
+    lines = [{"step": i, "score": i / 2, "kl": 0.1 * i, "length": 20.0} for i in range(5)]
+    curves.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = report_of(systems)
+    write_report(tmp_path, report, systems, curves=curves, num_samples=2)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for name in ("scores", "training"):
+        picture = (tmp_path / "plots" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000
+        assert f"](plots/{name}.png)" in text
+    assert "simulated" in text and text.count("| system | response |") == 2
+
+
+def test_only_ppo_has_curves(systems: list[Scored], tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "score": 1, "kl": 0, "length": 3}\n')
+    assert training_rows(metrics) == [{"step": 2, "score": 1, "kl": 0, "length": 3}]
+    metrics.write_text('{"step": 1, "loss": 2.0}\n')
+    write_report(tmp_path, report_of(systems), systems, curves=metrics, num_samples=1)
+    assert "training.png" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_table_by_hand(systems: list[Scored], capsys: pytest.CaptureFixture[str]) -> None:
+    report = report_of(systems)
+    report["systems"]["sft"] |= {
+        "kl": 0.636,
+        "kl_is_bound": True,
+        "gold": {"mean": 1.234, "low": -1.0, "high": 2},
+    }
+    baseline, other = table_rows(report)
+    # every response is 5 tokens, two 4-grams that differ, and four 2-grams that all responses share: 4 / 32
+    assert baseline == ["sft", "1.23 [-1.00, 2.00]", "-", "<= 0.64", "5.0", "100%", "0.000", "0.12", "-"]
+    assert (other[3], other[8]) == ("0.50", "1.00 [1.00, 1.00]")
+    print_table(report)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and len({line.index("1") for line in lines[1:2]}) == 1
+    assert lines[0].split()[:3] == ["system", "gold", "proxy"]

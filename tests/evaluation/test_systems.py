@@ -1,0 +1,116 @@
+"""Systems: how they are named, sampled, chosen from, and measured against a reference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.engine import Engine
+from rlhf.evaluation.systems import (
+    Generation,
+    System,
+    build_systems,
+    generate,
+    load_generations,
+    reference_logprobs,
+    save_generations,
+)
+from rlhf.metrics import progress
+from rlhf.models.loading import LoadOptions, load_causal_lm, load_tokenizer
+from rlhf.records import PromptRecord
+from rlhf.sampling.policy import Policy
+from rlhf.sampling.sampler import Decoding
+from rlhf.sources import tiny_folder
+from rlhf.text import TextCodec
+
+PROMPTS = [PromptRecord(text) for text in ("the soup was", "my dog is", "a", "our old bed felt", "this")]
+DECODING = Decoding(12)
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    folder = str(tiny_folder())
+    codec = TextCodec(load_tokenizer(folder), style="plain")
+    model = load_causal_lm(folder, LoadOptions())
+    torch.manual_seed(0)
+    for parameter in model.parameters():  # a distribution with preferences
+        parameter.data.mul_(4 if parameter.dim() > 1 else 1)
+    return Policy(model, codec, Engine(torch.device("cpu"), torch.float32))
+
+
+def sampled(
+    policy: Policy, *, best_of: int = 1, decoding: Decoding = DECODING, **more: Any
+) -> list[Generation]:
+    options = {"proxy": None, "batch_size": 8, "seed": 1} | more
+    bar = progress(len(PROMPTS))
+    return generate(System("s", "path", decoding, best_of), policy, PROMPTS, bar=bar, **options)
+
+
+def test_systems_are_paths_or_mappings_on_top_of_the_common_decoding() -> None:
+    specs = {"a": "x", "b": {"path": "y", "decoding": {"temperature": 0.5}}, "c": {"path": "z", "best_of": 4}}
+    common = Decoding(8, top_k=3)
+    assert build_systems(specs, common) == [
+        System("a", "x", Decoding(8, top_k=3), 1),
+        System("b", "y", Decoding(8, top_k=3, temperature=0.5), 1),
+        System("c", "z", Decoding(8, top_k=3), 4),
+    ]
+
+
+def test_a_policy_has_no_kl_to_itself(policy: Policy) -> None:
+    found = sampled(policy)
+    logprobs = reference_logprobs(policy, found, temperature=1.0, batch_size=2)
+    assert len(found) == len(PROMPTS) and min(logprobs) < -5
+    assert logprobs == pytest.approx([g.logprob for g in found], abs=1e-4)
+
+
+def test_kl_at_another_temperature_is_measured_at_that_temperature(policy: Policy) -> None:
+    found = sampled(policy, decoding=Decoding(12, temperature=0.7))
+    expected = [g.logprob for g in found]
+    assert reference_logprobs(policy, found, temperature=0.7, batch_size=8) == pytest.approx(
+        expected, abs=1e-4
+    )
+    assert reference_logprobs(policy, found, temperature=1.0, batch_size=8) != pytest.approx(
+        expected, abs=1e-2
+    )
+
+
+def test_the_reference_does_not_care_what_shares_its_batch(policy: Policy) -> None:
+    found = sampled(policy)
+    one, five = (reference_logprobs(policy, found, temperature=1.0, batch_size=size) for size in (1, 5))
+    assert one == pytest.approx(five, abs=1e-4)
+
+
+def test_best_of_n_takes_what_the_proxy_likes_best(policy: Policy) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def longest(prompts: list[str], responses: list[str]) -> list[float]:
+        seen.extend(zip(prompts, responses, strict=True))
+        return [float(len(response)) for response in responses]
+
+    longest.name = "longest"  # type: ignore[attr-defined]
+    chosen = sampled(policy, best_of=4, proxy=longest)
+    assert [g.prompt for g in chosen] == [record.prompt for record in PROMPTS]
+    for generation in chosen:
+        responses = [response for prompt, response in seen if prompt == generation.prompt]
+        assert len(responses) == 4
+        assert len(generation.response) == max(len(response) for response in responses)
+
+
+def test_best_of_n_without_a_proxy_is_refused(policy: Policy) -> None:
+    with pytest.raises(ValueError, match=r"systems\.s: best_of=4 needs a proxy to choose by; set proxy="):
+        sampled(policy, best_of=4)
+
+
+def test_another_seed_gives_other_samples_and_the_same_seed_the_same(policy: Policy) -> None:
+    assert sampled(policy) == sampled(policy)
+    assert [g.tokens for g in sampled(policy)] != [g.tokens for g in sampled(policy, seed=2)]
+
+
+def test_generations_survive_the_disk(policy: Policy, tmp_path: Path) -> None:
+    found = [
+        *sampled(policy),
+        Generation([{"role": "user", "content": "é 😀\u2028"}], "\n", [1], False, -0.1),
+    ]
+    save_generations(tmp_path / "s.jsonl", found)
+    assert load_generations(tmp_path / "s.jsonl") == found

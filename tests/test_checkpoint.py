@@ -1,0 +1,157 @@
+"""Stage folders: whole or not at all, resumed only with their own settings."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.checkpoint import (
+    StageFolder,
+    find_parent,
+    hash_file,
+    hash_weights,
+    new_folder,
+    save_model_folder,
+    write_text,
+)
+from rlhf.checks import Check
+
+GOOD = Check("held-out loss", True, "1.0", "fine")
+
+
+def folder_of(tmp_path: Path, stage: str = "ppo") -> StageFolder:
+    return StageFolder(str(tmp_path), "run", stage)
+
+
+def test_a_new_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    with new_folder(final) as folder:
+        (folder / "weights").write_text("new")
+        assert not final.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    with new_folder(final) as folder:
+        (folder / "weights").write_text("old")
+    with pytest.raises(RuntimeError), new_folder(final) as folder:
+        (folder / "weights").write_text("half")
+        raise RuntimeError
+    assert (final / "weights").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_one_clear_error_and_the_old_folder_stays(tmp_path: Path) -> None:
+    final = tmp_path / "state"
+    final.mkdir()
+    with (
+        pytest.raises(ValueError, match=r"cannot write .*state: .*No space left.*set runs="),
+        new_folder(final),
+    ):
+        raise OSError(28, "No space left on device")
+    assert final.exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_write_text_replaces_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.json", "one")
+    write_text(tmp_path / "a.json", "två")
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "två"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_states_are_kept_to_the_number_asked_for(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    for step in (2, 4, 10):
+        with folder.new_state(step, keep_last=2) as state:
+            (state / "weights").write_text(str(step))
+    assert {path.name for path in (folder.path / "state").iterdir()} == {"step_4", "step_10"}
+    latest = folder.latest_state()
+    assert latest is not None and (latest / "weights").read_text() == "10"
+
+
+def test_the_latest_state_is_the_newest_whole_one(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "sft")
+    assert folder.latest_state() is None
+    for step, text in ((90, "{}"), (100, "{}"), (110, '{"epoch": 1'), (120, None)):
+        checkpoint = folder.path / "state" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        if text is not None:  # a kill while it is written leaves half of it, or nothing
+            (checkpoint / "trainer_state.json").write_text(text)
+    (folder.path / "state" / ".step_130.1.tmp").mkdir()
+    latest = folder.latest_state()
+    assert latest is not None and latest.name == "checkpoint-100"
+
+
+def test_a_finished_folder_is_kept(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    assert folder.prepare("seed: 1\n", overwrite=False, resume=False) is None
+    folder.finish("policy", parents=[], checks=[GOOD])
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"stage ppo is finished, .*overwrite=true"):
+            folder.prepare("seed: 1\n", overwrite=False, resume=resume)
+    assert folder.prepare("seed: 1\n", overwrite=True, resume=False) is None
+    assert not (folder.path / "stage.json").exists()
+
+
+def test_an_interrupted_folder_says_how_to_go_on(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    folder.prepare("seed: 1\n", overwrite=False, resume=False)
+    with folder.new_state(3, keep_last=1):
+        pass
+    with pytest.raises(ValueError, match=r"interrupted at state/step_3 .*resume=true .*overwrite=true"):
+        folder.prepare("seed: 1\n", overwrite=False, resume=False)
+    assert folder.prepare("seed: 1\n", overwrite=False, resume=True) == folder.path / "state" / "step_3"
+
+
+def test_a_resumed_folder_has_its_own_settings(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    before = "seed: 1\nkl: {coef: 0.1, target: 6}\nresume: false\nkeep_last: 1\n"
+    folder.prepare(before, overwrite=False, resume=False)
+    with folder.new_state(3, keep_last=1):
+        pass
+    same = "seed: 1\nkl: {coef: 0.1, target: 6}\nresume: true\nkeep_last: 5\n"
+    assert folder.prepare(same, overwrite=False, resume=True) is not None
+    other = "seed: 2\nkl: {coef: 0.2, target: 6}\nresume: true\nkeep_last: 5\n"
+    with pytest.raises(ValueError, match=r"settings: kl.coef \(0.1 -> 0.2\), seed \(1 -> 2\); give the old"):
+        folder.prepare(other, overwrite=False, resume=True)
+    assert (folder.path / "config.yaml").read_text() == same  # the refused one left no trace
+
+
+def test_stage_json_states_kind_parents_and_hashes(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "sft")
+    folder.prepare("seed: 1\n", overwrite=False, resume=False)
+
+    def save(path: Path) -> None:
+        (path / "model.safetensors").write_bytes(b"weights")
+        (path / "config.json").write_text("{}")
+
+    save_model_folder(folder.model, save, "a card")
+    folder.finish("policy", parents=[], checks=[GOOD], results={"loss": 1.0})
+    parent = find_parent("policy", str(folder.model), kind="policy", force=False)
+    # sha256 of b"weights", by the sha256sum of coreutils
+    assert parent.sha256 == "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
+    assert parent.sha256 == hash_weights(folder.model) == hash_file(folder.model / "model.safetensors")
+    child = folder_of(tmp_path)
+    child.prepare("seed: 1\n", overwrite=False, resume=False)
+    child.finish("policy", parents=[parent], checks=[GOOD])
+    record = json.loads((child.path / "stage.json").read_text())
+    assert record["parents"] == [{"key": "policy", "path": str(folder.model), "sha256": parent.sha256}]
+    assert (folder.model / "README.md").read_text() == "a card"
+
+
+def test_other_weights_have_another_hash(tmp_path: Path) -> None:
+    hashes = set()
+    for text in (b"a", b"b"):
+        (tmp_path / "model.safetensors").write_bytes(text)
+        hashes.add(hash_weights(tmp_path))
+    assert len(hashes) == 2
+
+
+def test_an_adapter_is_not_taken_for_a_model(tmp_path: Path) -> None:
+    folder = tmp_path / "sft" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match=r"holds an adapter alone; name the merged model: .*sft/model"
+    ):
+        find_parent("policy", str(folder), kind="policy", force=False)

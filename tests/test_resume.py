@@ -1,0 +1,139 @@
+"""A run that was killed goes on where it stood, and ends bit for bit as one that was not."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf.checkpoint import StageFolder
+from tests.stage_runs import SMALL, run_stage, run_until, same_results
+
+pytestmark = pytest.mark.slow
+# What the killed stage stands on.
+BEFORE = {"sft": (), "collect": ("sft",), "rm": ("sft", "collect"), "ppo": ("sft", "collect", "rm")}
+
+
+def start_of(stage: str, tiny_run: Path, folder: Path) -> tuple[StageFolder, list[str]]:
+    """A copy of the finished run up to `stage`, whose folder is not there yet, and the words that run it."""
+    run = folder / "runs" / tiny_run.name
+    run.mkdir(parents=True)
+    for before in BEFORE[stage]:
+        shutil.copytree(tiny_run / before, run / before)
+    return StageFolder(str(run.parent), run.name, stage), [f"runs={run.parent}", *SMALL[stage], "force=true"]
+
+
+def saved(folder: StageFolder, name: str) -> Callable[[], bool]:
+    """Whether the state `name` is whole."""
+    return lambda: any(path.name == name for path in [folder.latest_state()] if path is not None)
+
+
+def lines_of(path: Path, count: int) -> Callable[[], bool]:
+    """Whether a file has so many lines."""
+    return lambda: path.exists() and path.read_bytes().count(b"\n") >= count
+
+
+@pytest.mark.parametrize(
+    ("stage", "state"),
+    [
+        ("sft", "checkpoint-10"),
+        ("sft", "checkpoint-30"),
+        ("rm", "checkpoint-4"),
+        ("ppo", "step_2"),
+        ("ppo", "step_4"),
+    ],
+)
+def test_killed_and_resumed_is_as_uninterrupted(
+    tiny_run: Path, tmp_path: Path, stage: str, state: str
+) -> None:
+    folder, words = start_of(stage, tiny_run, tmp_path)
+    killed = run_until(saved(folder, state), stage, *words)
+    assert killed.status == -9, killed.output
+    assert not (folder.path / "stage.json").exists()
+
+    stopped = run_stage(stage, *words)
+    assert "resume=true" in stopped.error and "overwrite=true" in stopped.error
+    resumed = run_stage(stage, *words, "resume=true")
+    assert resumed.status == 0, resumed.output
+    assert same_results(folder.path, tiny_run / stage)
+    assert not (folder.path / "state").exists()
+
+
+@pytest.mark.parametrize("lines", [1, 3])
+def test_collect_loses_no_record_and_doubles_none(tiny_run: Path, tmp_path: Path, lines: int) -> None:
+    folder, words = start_of("collect", tiny_run, tmp_path)
+    partial = folder.path / "state" / "partial.jsonl"
+    killed = run_until(lines_of(partial, lines), "collect", *words)
+    assert killed.status == -9, killed.output
+    with partial.open("a", encoding="utf-8") as stream:
+        stream.write('[{"prompt": "cut by the ki')  # a kill inside a line
+    resumed = run_stage("collect", *words, "resume=true")
+    assert resumed.status == 0, resumed.output
+    assert same_results(folder.path, tiny_run / "collect")
+
+
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_adapters_resume_exactly(tmp_path: Path, adapter: str) -> None:
+    words = [*SMALL["sft"], f"adapter={adapter}", "adapter.r=4", "force=true"]
+    whole = run_stage("sft", *words, f"runs={tmp_path / 'whole'}")
+    assert whole.status == 0, whole.output
+    folder = StageFolder(str(tmp_path / "parts"), "tiny-toy", "sft")
+    words.append(f"runs={tmp_path / 'parts'}")
+    killed = run_until(saved(folder, "checkpoint-20"), "sft", *words)
+    assert killed.status == -9, killed.output
+    resumed = run_stage("sft", *words, "resume=true")
+    assert resumed.status == 0, resumed.output
+    assert same_results(folder.path, tmp_path / "whole" / "tiny-toy" / "sft")
+
+
+def test_evaluation_reads_back_what_was_sampled(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / tiny_run.name
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("evaluate"))
+    words = [f"runs={run.parent}", *SMALL["evaluate"], "force=true"]
+    sampled = run / "evaluate" / "state" / "sft.jsonl"
+    assert run_until(sampled.exists, "evaluate", *words).status == -9
+    before = sampled.stat().st_mtime_ns
+    assert "resume=true" in run_stage("evaluate", *words).error
+    other = run_stage("evaluate", *words, "resume=true", "decoding.temperature=0.5")
+    assert "decoding.temperature (1.0 -> 0.5)" in other.error
+    assert sampled.stat().st_mtime_ns == before
+    assert run_stage("evaluate", *words, "resume=true").status == 0
+
+
+def test_other_settings_are_refused_by_name(tiny_run: Path, tmp_path: Path) -> None:
+    folder, words = start_of("ppo", tiny_run, tmp_path)
+    assert run_until(saved(folder, "step_2"), "ppo", *words).status == -9
+    for setting, named in (("kl.coef=0.5", "kl.coef (0.05 -> 0.5)"), ("seed=7", "seed (1 -> 7)")):
+        refused = run_stage("ppo", *words, "resume=true", setting)
+        assert named in refused.error and "overwrite=true" in refused.error
+    # what changes no number may change
+    resumed = run_stage("ppo", *words, "resume=true", "keep_last=2")
+    assert resumed.status == 0, resumed.output
+    assert same_results(folder.path, tiny_run / "ppo")
+
+
+def test_with_nothing_to_resume_a_run_starts_afresh(tiny_run: Path, tmp_path: Path) -> None:
+    folder, words = start_of("collect", tiny_run, tmp_path)
+    folder.path.mkdir(parents=True)
+    (folder.path / "config.yaml").write_text("left: by a run that was killed before its first state\n")
+    result = run_stage("collect", *words, "resume=true")
+    assert result.status == 0, result.output
+    assert same_results(folder.path, tiny_run / "collect")
+
+
+def test_states_are_saved_where_the_log_has_a_line() -> None:
+    """Between log lines the Trainer holds a running mean that no checkpoint keeps."""
+    import torch
+
+    from rlhf.config import load_config
+    from rlhf.engine import Engine
+    from rlhf.training import trainer_arguments
+
+    engine = Engine(torch.device("cpu"), torch.float32)
+    folder = StageFolder("runs", "name", "sft")
+    config = load_config("sft", ["model=tiny", "data=toy", "log_steps=10", "save_steps=25"])
+    with pytest.raises(ValueError, match="save_steps=25 is no multiple of log_steps=10"):
+        trainer_arguments(config, folder, engine, 100)
+    config = load_config("sft", ["model=tiny", "data=toy", "engine.micro_batch_size=3"])
+    with pytest.raises(ValueError, match=r"batch_size=16 is no multiple of engine\.micro_batch_size=3"):
+        trainer_arguments(config, folder, engine, 100)

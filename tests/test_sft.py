@@ -1,0 +1,154 @@
+"""Supervised fine-tuning: what is cut, and that the loss is the mean over response tokens, packed or not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from rlhf.checkpoint import StageFolder
+from rlhf.config import load_config
+from rlhf.engine import Engine
+from rlhf.models.loading import load_tokenizer
+from rlhf.records import Demonstration
+from rlhf.sft import SFT, fit, sft_checks, tokenize
+from rlhf.sources import tiny_folder
+from rlhf.text import Encoded, TextCodec
+
+ENGINE = Engine(torch.device("cpu"), torch.float32)
+VOCABULARY = 320
+DEMONSTRATIONS = [
+    Demonstration("the soup was", " warm, dull and old."),
+    Demonstration("my dog is", " good."),
+    Demonstration("our bed felt", " round, long and very, very cold."),
+    Demonstration("this", " was it"),
+]
+
+
+@pytest.fixture(scope="module")
+def codec() -> TextCodec:
+    return TextCodec(load_tokenizer(str(tiny_folder())), style="plain", max_prompt_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return folders of a small random model of two families, with the tiny model's tokenizer."""
+    torch.manual_seed(0)
+    size = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
+    gpt2 = GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=2, **size)
+    llama = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, **size
+    )
+    folders = {}
+    for name, model in {"gpt2": GPT2LMHeadModel(gpt2), "llama": LlamaForCausalLM(llama)}.items():
+        for (
+            parameter
+        ) in model.parameters():  # large weights, so that a token seen or not seen makes a difference
+            parameter.data.mul_(3 if parameter.dim() > 1 else 1)
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+    return folders
+
+
+def training(folder: Path, codec: TextCodec, runs: Path, *words: str, eval_rows: Any = None) -> SFT:
+    config = load_config(
+        "sft", ["model=tiny", "data=toy", "tracker=none", f"policy={folder}", "batch_size=4", *words]
+    )
+    rows = tokenize(DEMONSTRATIONS, codec, 64).rows
+    stage = StageFolder(str(runs), "run", "sft")
+    stage.path.mkdir(parents=True, exist_ok=True)
+    return SFT(config, codec, ENGINE, {"train": rows, "eval": eval_rows or rows}, stage)
+
+
+def masked_cross_entropy(model: Any, codec: TextCodec) -> torch.Tensor:
+    """-sum over response tokens of log p(token | all before) / number of response tokens, row by row."""
+    total, count = torch.zeros(()), 0
+    for record in DEMONSTRATIONS:
+        prompt, response = codec.encode_prompt(record.prompt), codec.encode_response(record.response)
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        total = total + cross_entropy(logits, torch.tensor(response), reduction="sum")
+        count += len(response)
+    return total / count
+
+
+def trained_loss(run: SFT) -> torch.Tensor:
+    """The trainer's own loss of one whole optimizer step."""
+    trainer = run.trainer
+    batches = list(trainer.get_train_dataloader())
+    rows, num_items = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
+    return torch.stack(
+        [trainer.compute_loss(run.model, row, num_items_in_batch=num_items) for row in rows]
+    ).sum()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_loss_is_that_of_response_tokens_packed_or_not(
+    models: dict[str, Path], codec: TextCodec, tmp_path: Path, family: str, packing: bool
+) -> None:
+    run = training(models[family], codec, tmp_path, f"packing={packing}", "max_length=64")
+    if packing:
+        assert len(run.trainer.train_dataset) < len(DEMONSTRATIONS)
+    with torch.no_grad():
+        expected = masked_cross_entropy(run.model, codec)
+        assert trained_loss(run).item() == pytest.approx(expected.item(), abs=2e-5)
+
+
+def test_micro_batches_change_no_loss(models: dict[str, Path], codec: TextCodec, tmp_path: Path) -> None:
+    def loss(size: int) -> float:
+        words = ("packing=false", "max_length=64", f"engine.micro_batch_size={size}")
+        run = training(models["gpt2"], codec, tmp_path / str(size), *words)
+        assert run.trainer.args.gradient_accumulation_steps == 4 // size
+        with torch.no_grad():
+            return trained_loss(run).item()
+
+    assert loss(1) == pytest.approx(loss(4), abs=1e-5)
+
+
+def test_prompt_tokens_are_no_labels(models: dict[str, Path], codec: TextCodec, tmp_path: Path) -> None:
+    run = training(models["gpt2"], codec, tmp_path, "packing=false", "max_length=64")
+    (batch,) = list(run.trainer.get_train_dataloader())
+    for labels, tokens in zip(batch["labels"].tolist(), batch["input_ids"].tolist(), strict=True):
+        learned = [label for label in labels if label != -100]
+        assert codec.decode_response(learned) in [record.response for record in DEMONSTRATIONS]
+        assert learned[-1] == codec.eos_token_id  # the end is learned too
+        assert learned == [token for token, label in zip(tokens, labels, strict=True) if label != -100]
+
+
+def test_fit_cuts_the_start_first_and_only_then_the_end() -> None:
+    mask = [False] * 4 + [True] * 3
+    whole = Encoded(list(range(7)), mask)
+    assert fit(whole, 7) == (whole, False, False)
+    assert fit(whole, 5) == (Encoded([2, 3, 4, 5, 6], [False, False, True, True, True]), True, False)
+    # one prompt token stays, because the first response token is predicted from it
+    assert fit(whole, 3) == (Encoded([3, 4, 5], [False, True, True]), True, True)
+
+
+@pytest.mark.parametrize("max_length", range(2, 9))
+def test_fit_keeps_a_piece_of_the_conversation(max_length: int) -> None:
+    tokens = list(range(8))
+    mask = [False, True, True, False, False, True, True, True]  # two turns
+    fitted, _, _ = fit(Encoded(tokens, mask), max_length)
+    start = fitted.tokens[0]
+    assert fitted.tokens == tokens[start : start + len(fitted.tokens)] and len(fitted.tokens) <= max_length
+    assert fitted.loss_mask == mask[start : start + len(fitted.tokens)]
+    assert any(fitted.loss_mask) and not all(fitted.loss_mask)
+
+
+def test_cut_prompts_and_responses_are_counted(codec: TextCodec) -> None:
+    records = [
+        Demonstration("short", " a."),
+        Demonstration("a prompt of more than sixteen bytes", " a."),
+        Demonstration("short", " a response that does not fit in twenty-four"),
+    ]
+    found = tokenize(records, codec, 24)
+    assert (found.num_cut_prompts, found.num_cut_responses) == (2, 1)  # the third lost its prompt's start too
+    assert [len(row) for row in found.rows["input_ids"]] == [9, 20, 24]
+
+
+def test_checks_tell_a_good_run_from_a_bad_one() -> None:
+    ended, cut = {"ended": True}, {"ended": False}
+    assert [check.passed for check in sft_checks(3.0, 2.0, [ended, cut])] == [True, True]
+    assert [check.passed for check in sft_checks(3.0, 3.0, [cut] * 40)] == [False, False]
