@@ -36,17 +36,20 @@ class MetricLog:
 
     def cut_after(self, step: int) -> None:
         """Drop the lines after `step`, which a resumed run writes again."""
-        if self.path.exists():
-            lines = [
-                line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-            ]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            write_text(self.path, "".join(line + "\n" for line in kept))
+        cut_lines_after(self.path, step)
 
     def close(self) -> None:
         """Flush the tracker."""
         if self._tracker is not None:
             self._tracker.close()
+
+
+def cut_lines_after(path: Path, step: int) -> None:
+    """Drop the lines of a jsonl file whose `step` is later, and one that a kill left half written."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_text(path, "".join(line + "\n" for line in kept))
 
 
 class _TensorBoard:

@@ -59,7 +59,7 @@ def build_experience(
         piece = rollout.rows(index.to(rollout.tokens.device))
         with engine.autocast():
             parts = (
-                models.logprobs_and_entropy(piece, temperature=config.temperature)[0],
+                models.logprobs(piece, temperature=config.temperature),
                 roles.reference.logprobs(piece, temperature=config.temperature),
                 models.values(piece),
             )
@@ -90,7 +90,7 @@ class Learner:
             {"params": models.policy_parameters(), "lr": config.learning_rate},
             {"params": models.critic_parameters(), "lr": config.critic_learning_rate},
         ]
-        self.optimizer = torch.optim.AdamW(groups, eps=ADAM_EPSILON, weight_decay=0.0)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, eps=ADAM_EPSILON, weight_decay=0.0)
 
     def set_learning_rates(self, step: int) -> None:
         """Linear warm-up over `warmup_updates`, then linear decay to 0 after the last update; `step` counts

@@ -18,7 +18,7 @@ from rlhf.batches import Experience, Rollout
 from rlhf.checkpoint import StageFolder
 from rlhf.checks import Check, all_passed, print_checks
 from rlhf.engine import Engine
-from rlhf.metrics import MetricLog, progress
+from rlhf.metrics import MetricLog, cut_lines_after, progress
 from rlhf.models.adapters import uses_lora
 from rlhf.models.roles import Roles
 from rlhf.numerics.kl import AdaptiveKL, FixedKL
@@ -107,6 +107,7 @@ class PPORun:
         log = MetricLog(self.folder.path, config.tracker, run_name=f"{config.name}-ppo")
         done = self.restore(state) if state else 0
         log.cut_after(done)
+        cut_lines_after(self.folder.path / "samples.jsonl", done)
         bar = progress(
             config.updates * config.batch_size,
             initial=done * config.batch_size,

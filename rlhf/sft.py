@@ -16,7 +16,7 @@ from rlhf.checkpoint import StageFolder
 from rlhf.checks import Check
 from rlhf.engine import Engine
 from rlhf.metrics import MetricLog
-from rlhf.models.adapters import add_lora, uses_lora
+from rlhf.models.adapters import add_lora, trainable_parameters, uses_lora
 from rlhf.models.loading import load_causal_lm, load_options
 from rlhf.records import Demonstration
 from rlhf.sampling.policy import Policy
@@ -96,6 +96,8 @@ class SFT:
             eval_dataset=rows["eval"],
             processing_class=codec.tokenizer,
         )
+        for parameter in trainable_parameters(model):  # trl rounds the adapter of a 4-bit base to bfloat16
+            parameter.data = parameter.data.float()
         attach_log(self.trainer, self.log, "sft")
 
     def train(self, state: Path | None) -> tuple[float, float]:

@@ -97,6 +97,7 @@ class LogCallback(TrainerCallback):
                 f"the loss is {loss} at step {state.global_step}; "
                 "lower learning_rate, or use engine.dtype=float32"
             )
+        numbers.pop("num_tokens", None)  # trl counts from the start of the process, not of the run
         self.log.write(state.global_step, numbers)
         self.bar.set_postfix(loss=f"{loss:.3f}")
 

@@ -26,6 +26,7 @@ def main(overrides: list[str]) -> None:
         find_parent(key, path, kind="reward_model", force=config.force)
         for key, path in model_paths("labeller", config.labeller)
     ]
+    stage.begin()
     seed_everything(config.seed)
     engine = build_engine(config.engine, num_parameters(config.policy))
     codec = load_codec(config.policy, config.data)
@@ -45,6 +46,7 @@ def main(overrides: list[str]) -> None:
         batch_size=config.batch_size,
         seed=config.seed,
     )
+    stage.report_cut_prompts(codec)
     write_records(folder.path / "ranked.jsonl", lists)
     share = sum(record.has_pair for record in lists) / len(prompts)
     check = Check(

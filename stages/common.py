@@ -6,12 +6,15 @@ import importlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config, resolved_yaml
 from rlhf.records import Record, find_overlap, make_sources, read_records
 from rlhf.sources import is_path_like, resolve_model
+
+if TYPE_CHECKING:
+    from rlhf.text import TextCodec
 
 
 class Stage:
@@ -22,12 +25,16 @@ class Stage:
         self.config = load_config(stage, overrides)
         config = self.config
         self.folder = StageFolder(config.runs, config.name, stage)
-        self.state = self.folder.prepare(
-            resolved_yaml(config), overwrite=config.overwrite, resume=config.resume
-        )
+        self.state: Path | None = None
+        self._resolved = resolved_yaml(config)
         self.facts: dict[str, Any] = {}
         if config.data.build:
             importlib.import_module(f"data.{config.data.build}").build(Path(config.data.folder))
+
+    def begin(self) -> None:
+        """Make the folder ready; called once the inputs are found good, so that overwriting loses nothing."""
+        config = self.config
+        self.state = self.folder.prepare(self._resolved, overwrite=config.overwrite, resume=config.resume)
 
     def read(self, source: Any, kind: str, key: str, *, limit: int | None = None) -> Sequence[Any]:
         """Read the records of a `data` key; counts and skipped rows go into stage.json."""
@@ -56,6 +63,14 @@ class Stage:
         self.facts.setdefault("overlap", {})[f"{name_a} and {name_b}"] = len(shared)
         if shared:
             print(f"warning: {len(shared)} prompts stand in both {name_a} and {name_b}", flush=True)
+
+    def report_cut_prompts(self, codec: TextCodec) -> None:
+        """Record the share of prompts whose start was cut off, and print it where it is not 0."""
+        share = codec.share_of_cut_prompts()
+        self.facts["share_of_prompts_cut"] = round(share, 4)
+        if share:
+            limit = self.config.data.max_prompt_tokens
+            print(f"{share:.1%} of the prompts were cut at data.max_prompt_tokens={limit}", flush=True)
 
     @property
     def seconds(self) -> float:

@@ -16,6 +16,7 @@ from rlhf.evaluation.systems import (
     Generation,
     System,
     build_systems,
+    check_choosers,
     generate,
     load_generations,
     reference_logprobs,
@@ -33,10 +34,11 @@ def main(overrides: list[str]) -> None:
     """Write report.json, report.md and plots, and print the table."""
     stage = Stage("evaluate", overrides)
     config, folder = stage.config, stage.folder
-    seed_everything(config.seed)
     systems = build_systems(config.systems, decoding_of(config.decoding, config.data.max_response_tokens))
     systems = [System(s.name, resolved(s.path), s.decoding, s.best_of) for s in systems]
     parents = [find_parent(f"systems.{s.name}", s.path, kind="policy", force=config.force) for s in systems]
+    stage.begin()
+    seed_everything(config.seed)
     baseline = config.baseline or ("sft" if "sft" in config.systems else systems[0].name)
     reference = resolved(config.reference or next(s.path for s in systems if s.name == baseline))
     prompts = stage.read(
@@ -50,6 +52,7 @@ def main(overrides: list[str]) -> None:
             "neither proxy nor gold can score: set one of them, for instance "
             "gold='{kind: function, function: file.py:f}'"
         )
+    check_choosers(systems, proxy)
 
     generations = sample_all(stage, systems, prompts, engine, proxy)
     scored = score_all(config, generations, load_policy(reference, config, engine), proxy, gold)

@@ -26,6 +26,7 @@ def main(overrides: list[str]) -> None:
         parents.append(critic)
     for key, path in model_paths("reward", config.reward):
         parents.append(find_parent(key, path, kind="reward_model", force=config.force))
+    stage.begin()
     seed_everything(config.seed)
     engine = build_engine(config.engine, num_parameters(config.policy))
     codec = load_codec(config.policy, config.data)
@@ -35,6 +36,7 @@ def main(overrides: list[str]) -> None:
     run = PPORun(config, codec, roles, reward, prompts, folder)
     checks = run.train(stage.state)
 
+    stage.report_cut_prompts(codec)
     model = full_precision(config, folder, roles.actor_critic.policy, base=config.policy, task="CAUSAL_LM")
     model.generation_config.eos_token_id = sorted({codec.eos_token_id, codec.tokenizer.eos_token_id})
     facts = {

@@ -49,6 +49,7 @@ def main(overrides: list[str]) -> None:
         key, path = "calibration_policy", config.calibration_policy
         parents.append(find_parent(key, path, kind="policy", force=config.force, optional=True))
         check_calibration_policy(config)
+    stage.begin()
     seed_everything(config.seed)
     codec = load_codec(config.base, config.data)
     train_records, held_out_records = _read_lists(stage)

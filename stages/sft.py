@@ -21,6 +21,7 @@ def main(overrides: list[str]) -> None:
     config, folder = stage.config, stage.folder
     config.policy = resolved(config.policy)
     parent = find_parent("policy", config.policy, kind="policy", force=config.force)
+    stage.begin()
     seed_everything(config.seed)
     codec = load_codec(config.policy, config.data)
     train = stage.read(

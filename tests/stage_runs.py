@@ -109,9 +109,10 @@ def same_results(folder: Path, other: Path) -> bool:
     import torch
     from safetensors.torch import load_file
 
-    for name in ("metrics.jsonl", "ranked.jsonl"):
-        if (other / name).exists() and (folder / name).read_bytes() != (other / name).read_bytes():
-            return False
+    names = [name for name in ("metrics.jsonl", "ranked.jsonl") if (other / name).exists()]
+    assert names, f"nothing to compare in {other}"
+    if any((folder / name).read_bytes() != (other / name).read_bytes() for name in names):
+        return False
     if not (other / "model").exists():
         return True
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (folder, other))
@@ -129,7 +130,7 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def _child(output: str, words: list[str]) -> None:
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT, 0o600)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     from stages.__main__ import main

@@ -22,8 +22,9 @@ def experience() -> Experience:
     """Return an experience whose (B, R) fields differ from each other and from row to row."""
     rollout = rollout_with_logprobs()
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(3, 4, generator=generator) * rollout.response_mask for _ in range(6)]
-    return Experience(rollout, *tensors, scores=torch.tensor([1.0, 2.0, 3.0]))
+    names = [field.name for field in fields(Experience) if field.name not in ("rollout", "scores")]
+    tensors = {name: torch.randn(3, 4, generator=generator) * rollout.response_mask for name in names}
+    return Experience(rollout=rollout, scores=torch.tensor([1.0, 2.0, 3.0]), **tensors)
 
 
 def test_prompts_are_padded_on_the_left_and_responses_on_the_right() -> None:

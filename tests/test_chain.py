@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -93,7 +94,8 @@ def test_sft_lowers_the_held_out_loss_and_ppo_starts_at_its_reference(tiny_run: 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_a_policy_loads_with_plain_transformers_and_generates(tiny_run: Path, stage: str) -> None:
     folder = tiny_run / stage / "model"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("the soup was", return_tensors="pt")
     torch.manual_seed(1)
     new = model.generate(**prompt, max_new_tokens=26, do_sample=True, pad_token_id=tokenizer.pad_token_id)
@@ -251,7 +253,7 @@ def test_lora_keeps_the_adapter_and_merges_it(tmp_path: Path) -> None:
         path = base or read_json(folder / "stage.json")["parents"][0]["path"]
         auto: Any = AutoModelForSequenceClassification if stage == "rm" else AutoModelForCausalLM
         plain = auto.from_pretrained(path, **({"num_labels": 1} if stage == "rm" else {}))
-        with_adapter = PeftModel.from_pretrained(plain, folder / "adapter").eval()
+        with_adapter: Any = PeftModel.from_pretrained(plain, folder / "adapter").eval()
         merged = auto.from_pretrained(folder / "model").eval()
         if stage == "rm":
             # the stored head is the adapter's head, normalised: the trunks must agree
@@ -264,15 +266,23 @@ def test_lora_keeps_the_adapter_and_merges_it(tmp_path: Path) -> None:
         assert (merged.transformer(prompt)[0] - without).abs().max() > 1e-4, stage
 
 
-@pytest.mark.parametrize("adapter", ["qlora", "int8"])
-def test_quantized_bases_train(tmp_path: Path, adapter: str) -> None:
-    run = run_chain(tmp_path, f"adapter={adapter}", "adapter.r=4", stages=("sft", "collect", "rm", "ppo"))
-    config = json.loads((run / "ppo" / "model" / "config.json").read_text(encoding="utf-8"))
-    assert "quantization_config" not in config  # the merged model is plain
+@pytest.mark.parametrize(
+    ("adapter", "stages"), [("qlora", ("sft", "collect", "rm", "ppo")), ("int8", ("sft",))]
+)
+def test_quantized_bases_train(tmp_path: Path, adapter: str, stages: tuple[str, ...]) -> None:
+    run = run_chain(tmp_path, f"adapter={adapter}", "adapter.r=4", stages=stages)
     loss = read_json(run / "sft" / "stage.json")["results"]
     assert loss["loss"] < loss["base_loss"]
-    first = read_lines(run / "ppo" / "metrics.jsonl")[0]
-    assert abs(first["kl"]) < 1e-4
+    for stage in {"sft", "rm", "ppo"} & set(stages):
+        config = read_json(run / stage / "model" / "config.json")
+        assert "quantization_config" not in config  # the merged model is plain
+        # B starts at 0: a layer whose B is still 0 never saw a gradient
+        weights = load_file(run / stage / "adapter" / "adapter_model.safetensors")
+        learned = {name: bool(weight.any()) for name, weight in weights.items() if "lora_B" in name}
+        assert learned and all(learned.values()), (stage, learned)
+    if "ppo" in stages:
+        first = read_lines(run / "ppo" / "metrics.jsonl")[0]
+        assert abs(first["kl"]) < 1e-4
 
 
 def test_the_reward_can_be_a_function_or_a_sum(tiny_run: Path, tmp_path: Path) -> None:
@@ -331,7 +341,7 @@ def test_a_llama_from_elsewhere_runs_the_whole_chain(shared: Path, tmp_path: Pat
     prompts = [
         f"{name} {verb} a {noun}" for name in names for verb in ("saw", "had") for noun in ("cat", "box")
     ]
-    files = {
+    files: dict[str, list[dict[str, Any]]] = {
         "demonstrations": [
             {"prompt": p, "response": f" that was {good[i % 3]}."} for i, p in enumerate(prompts)
         ],

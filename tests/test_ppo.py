@@ -5,6 +5,7 @@ holds.
 import copy
 import functools
 import hashlib
+import itertools
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -52,7 +53,8 @@ def settings(folder: Path, *, family: str = "llama", adapter: str = "none", **mo
     config.policy, config.critic = str(folder / family), str(folder / f"{family}-rm")
     config.reward = {"kind": "model", "path": config.critic}
     config.data.max_response_tokens, config.batch_size = 8, 6
-    config.updates, config.warmup_updates = 4, 1
+    config.updates, config.warmup_updates, config.epochs, config.minibatches = 4, 1, 2, 1
+    config.missing_eos_score, config.missing_eos_penalty = None, 0.0
     config.learning_rate = config.critic_learning_rate = 1e-2
     for name, value in more.items():
         setattr(config, name, value)
@@ -148,7 +150,7 @@ def test_every_episode_is_learned_from_once_an_epoch(folder: Path, monkeypatch: 
     monkeypatch.setattr(learner, "minibatch", record)
     learner.update(experience_of(roles, config), step=1)
     assert len(seen) == 12
-    epochs = [sum(seen[i : i + 4], []) for i in (0, 4, 8)]
+    epochs = [[*itertools.chain(*seen[i : i + 4])] for i in (0, 4, 8)]
     assert all(sorted(epoch) == [-2.0, -1.0, 0.0, 0.5, 1.0, 2.0] for epoch in epochs)
     assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
 
@@ -221,7 +223,7 @@ def test_policy_and_critic_are_both_clipped_and_both_move(folder: Path) -> None:
     learner.update(experience_of(roles, config), step=1)
     after = [p for p in roles.actor_critic.parameters() if p.requires_grad]
     # Each of the two gradients has norm 1e-3 after clipping, and lr = 1 makes it the step.
-    moved = torch.cat([(new - old).flatten() for new, old in zip(after, before, strict=True)])
+    moved = torch.cat([(new.detach() - old).flatten() for new, old in zip(after, before, strict=True)])
     assert float(moved.norm()) == pytest.approx(2**0.5 * 1e-3, rel=1e-3)
 
 
@@ -235,7 +237,8 @@ def test_kl_and_rewards_before_the_first_step_are_the_scores_alone(folder: Path)
     last = experience.rewards[torch.arange(6), lengths - 1]
     assert last.equal(experience.scores) and float(experience.rewards.abs().sum()) == pytest.approx(6.5)
     assert metrics["length"] == pytest.approx(float(lengths.float().mean()))
-    assert metrics["share_ended"] == sum(r[-1] == EOS for r in experience.rollout.responses()) / 6
+    ended = sum(response[-1] == EOS for response in experience.rollout.responses())
+    assert metrics["share_ended"] == pytest.approx(ended / 6) and 0 < ended < 6
 
 
 def test_advantages_are_whitened_over_the_whole_batch(folder: Path) -> None:
@@ -389,27 +392,27 @@ def test_each_pass_meets_every_prompt_once(folder: Path, tmp_path: Path) -> None
 
 
 def test_a_countable_reward_rises(folder: Path, tmp_path: Path) -> None:
-    run = run_of(folder, tmp_path, updates=12, batch_size=32, epochs=2, learning_rate=1e-2)
+    run = run_of(folder, tmp_path, updates=16, batch_size=48, critic=None)
     run.kl.coef = 0.0
-    run.config.missing_eos_penalty = 0.0
     checks = run.train(None)
-    assert run.first["score"] < 0.2 and run.last["score"] > 0.5
+    # w7 is one of 48 words: about 1/48 at the start, and 1 is the most there is.
+    assert run.first["score"] < 0.05 and run.last["score"] > 0.5
     assert {check.name: check.passed for check in checks} == {
         "first minibatch has ratio 1": True,
         "score rose": True,
     }
     lines = (tmp_path / "x" / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 12 and "share of w7" not in lines[0]
+    assert len(lines) == 16
 
 
 def test_a_large_kl_coefficient_keeps_the_policy_in_place(folder: Path, tmp_path: Path) -> None:
     divergences = {}
     for coef in (0.0, 20.0):
-        run = run_of(folder, tmp_path, updates=8, batch_size=32, epochs=2)
+        run = run_of(folder, tmp_path, updates=16, batch_size=64, learning_rate=1e-3, critic=None)
         run.kl.coef = coef
         run.train(None)
         divergences[coef] = run.last["kl"]
-    assert divergences[20.0] < 0.3 and divergences[0.0] > 5 * abs(divergences[20.0])
+    assert abs(divergences[20.0]) < 0.4 and divergences[0.0] > 5 * abs(divergences[20.0])
 
 
 def test_an_adaptive_coefficient_follows_the_kl_that_was_trained_on(folder: Path, tmp_path: Path) -> None:
@@ -434,7 +437,7 @@ def test_one_reward_for_all_stops_before_the_first_update(folder: Path, tmp_path
     run = run_of(folder, tmp_path, reward=Same())
     before = weight_hash(run.models)
     with pytest.raises(
-        ValueError, match="a check before the first update failed; mend its cause, or .*force=true"
+        ValueError, match=r"a check before the first update failed; mend its cause, or .*force=true"
     ):
         run.train(None)
     assert weight_hash(run.models) == before

@@ -36,16 +36,14 @@ def codec() -> TextCodec:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return folders of a small random model of two families, with the tiny model's tokenizer."""
     torch.manual_seed(0)
-    size = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
+    size: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
     gpt2 = GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=2, **size)
     llama = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, **size
     )
     folders = {}
     for name, model in {"gpt2": GPT2LMHeadModel(gpt2), "llama": LlamaForCausalLM(llama)}.items():
-        for (
-            parameter
-        ) in model.parameters():  # large weights, so that a token seen or not seen makes a difference
+        for parameter in model.parameters():  # large weights: a token seen or not makes a difference
             parameter.data.mul_(3 if parameter.dim() > 1 else 1)
         folders[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(folders[name])
@@ -90,7 +88,8 @@ def test_the_loss_is_that_of_response_tokens_packed_or_not(
 ) -> None:
     run = training(models[family], codec, tmp_path, f"packing={packing}", "max_length=64")
     if packing:
-        assert len(run.trainer.train_dataset) < len(DEMONSTRATIONS)
+        packed: Any = run.trainer.train_dataset
+        assert len(packed) < len(DEMONSTRATIONS)
     with torch.no_grad():
         expected = masked_cross_entropy(run.model, codec)
         assert trained_loss(run).item() == pytest.approx(expected.item(), abs=2e-5)

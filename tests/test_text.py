@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from rlhf.models.loading import load_tokenizer
+from rlhf.records import Prompt
 from rlhf.sources import tiny_folder
 from rlhf.text import Encoded, TextCodec, prepare_tokenizer
 
@@ -68,15 +69,13 @@ DIALOGUE = [
 LAST_TURN = "Because\n\nI said so."
 
 
-def byte_tokenizer(**special: str) -> Any:
+def byte_tokenizer(**special: Any) -> Any:
     """Build a GPT-2-like tokenizer of bytes that merges newlines and a few letters, as real ones do."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ċ", "Ċ"), ("Ġ", "h"), ("h", "e"), ("l", "l"), ("Ġ", "Ġ"), ("Ċ", "l")]
     vocabulary = {token: i for i, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-
     tokenizer.decoder = decoders.ByteLevel()
     return FastTokenizer(tokenizer_object=tokenizer, **special)
 
@@ -148,7 +147,8 @@ def test_what_follows_eos_is_not_part_of_the_response(codec: TextCodec) -> None:
 def test_bos_stands_once_at_the_start(codec: TextCodec) -> None:
     bos = codec.tokenizer.bos_token_id
     expected = 1 if codec._bos else 0
-    for prompt in ["Tell me:", DIALOGUE]:
+    prompts: list[Prompt] = ["Tell me:", DIALOGUE]
+    for prompt in prompts:
         tokens = codec.encode_prompt(prompt)
         assert tokens.count(bos) == expected and tokens[:expected] == [bos] * expected
         tokens = codec.encode_conversation(prompt, "yes").tokens

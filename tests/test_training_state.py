@@ -1,4 +1,4 @@
-"""Laws of the state that a resume needs: N + M steps equal N, save, load into fresh objects, M, bit for bit."""
+"""Laws of the state that a resume needs: N + M steps equal N, save, load into fresh objects, M."""
 
 import random
 from pathlib import Path
@@ -13,7 +13,7 @@ from rlhf.engine import random_state, restore_random_state, seed_everything
 from rlhf.training_state import load_training_state, permutation, save_training_state
 
 
-def new_model(width: int = 5) -> nn.Module:
+def new_model(width: int = 5) -> nn.Sequential:
     """Return a model with a frozen part, a dropout and unseeded weights."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, width), nn.Dropout(0.5), nn.Linear(width, 1))
     model[0].requires_grad_(False)
@@ -21,10 +21,10 @@ def new_model(width: int = 5) -> nn.Module:
     return model
 
 
-def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def new_optimizer(model: nn.Sequential) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [
-        {"params": model[1].parameters(), "lr": 0.1},  # type: ignore[index]
-        {"params": model[3].parameters(), "lr": 0.03},  # type: ignore[index]
+        {"params": model[1].parameters(), "lr": 0.1},
+        {"params": model[3].parameters(), "lr": 0.03},
     ]
     return torch.optim.AdamW(groups, eps=1e-5)
 
@@ -47,7 +47,7 @@ def test_interrupted_steps_equal_uninterrupted_ones(tmp_path: Path) -> None:
     model = new_model()
     optimizer = new_optimizer(model)
     advance(model, optimizer, 3)
-    # One Gaussian of the pair that Python and numpy draw at once is kept for the next call: part of the state.
+    # Python and numpy draw Gaussians in pairs and keep one for the next call: it is part of the state.
     values = {"step": 3, "kl": {"coef": 0.1 + 0.2}, "first": {"score": 1 / 3}}
     save_training_state(tmp_path, model, optimizer, values)
     expected = advance(model, optimizer, 4)

@@ -57,6 +57,15 @@ def build_systems(specs: dict[str, Any], decoding: Decoding) -> list[System]:
     return systems
 
 
+def check_choosers(systems: Sequence[System], proxy: Any | None) -> None:
+    """Refuse best-of-n where there is no proxy to choose by."""
+    for system in systems:
+        if system.best_of > 1 and proxy is None:
+            raise ValueError(
+                f"systems.{system.name}: best_of={system.best_of} needs a proxy to choose by; set proxy="
+            )
+
+
 def generate(  # noqa: PLR0913 (a system with its policy, what it answers, and how)
     system: System,
     policy: Policy,
@@ -68,10 +77,7 @@ def generate(  # noqa: PLR0913 (a system with its policy, what it answers, and h
     bar: Any,
 ) -> list[Generation]:
     """One response of a system to each prompt; with `best_of` the one that the proxy scores highest."""
-    if system.best_of > 1 and proxy is None:
-        raise ValueError(
-            f"systems.{system.name}: best_of={system.best_of} needs a proxy to choose by; set proxy="
-        )
+    assert system.best_of == 1 or proxy is not None, system
     chosen: list[Generation] = []
     per_batch = max(1, batch_size // system.best_of)
     for start in range(0, len(records), per_batch):

@@ -118,7 +118,7 @@ def load_reward_model(path: str, options: LoadOptions, *, key: str = "reward.pat
 
 
 def new_reward_model(path: str, options: LoadOptions) -> Any:
-    """Put a score head of zeros, in float32, on the trunk of any decoder checkpoint: all scores start equal."""
+    """Put a score head of zeros, in float32, on the trunk of any decoder: all scores start equal."""
     model, _ = _load_classifier(path, options)
     nn.init.zeros_(model.score.weight)
     return _placed(model, options)
@@ -162,13 +162,18 @@ def same_tokenizer(path_a: str, path_b: str) -> bool:
 
 def _from_pretrained(auto_class: Any, path: str, options: LoadOptions, **more: Any) -> Any:
     try:
-        return auto_class.from_pretrained(path, **options.arguments(), **_no_dropout(path, options), **more)
+        found = auto_class.from_pretrained(path, **options.arguments(), **_no_dropout(path, options), **more)
     except ValueError as error:
         if "attn_implementation" not in str(error):
             raise
         raise ValueError(
             f"{path} cannot run with model.attention={options.attention}; use model.attention=eager"
         ) from error
+    # On AVX512-BF16 processors bitsandbytes repacks 4-bit weights for a product that has no backward pass.
+    for module in (found[0] if isinstance(found, tuple) else found).modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return found
 
 
 def _load_classifier(path: str, options: LoadOptions) -> tuple[Any, dict[str, Any]]:

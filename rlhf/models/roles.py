@@ -37,6 +37,10 @@ class ActorCritic(nn.Module):
         self.critic = critic
         self.value_head = value_head
 
+    def logprobs(self, rollout: Rollout, *, temperature: float) -> Tensor:
+        """The policy's log-probs (B, R)."""
+        return response_logprobs(self.policy, rollout, temperature=temperature)
+
     def logprobs_and_entropy(self, rollout: Rollout, *, temperature: float) -> tuple[Tensor, Tensor]:
         """The policy's log-probs and entropies (B, R)."""
         return response_logprobs_and_entropy(self.policy, rollout, temperature=temperature)

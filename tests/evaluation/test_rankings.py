@@ -48,6 +48,12 @@ def test_reversed_gaps_give_the_complement() -> None:
     assert ours.low == pytest.approx(1 - theirs.high, abs=1e-9)
 
 
+def test_lists_of_different_lengths_are_weighed_by_their_pairs() -> None:
+    """Every resample of pairs that are all right is all right, however many pairs its prompts have."""
+    found = pair_accuracy(np.ones(13), np.array([0] * 10 + [1, 2, 3]))
+    assert (found.mean, found.low, found.high) == (1.0, 1.0, 1.0)
+
+
 def test_pairs_of_one_prompt_are_not_independent() -> None:
     """20 prompts, each with 10 pairs of one outcome: the interval is that of 20 draws, not of 200."""
     correct = np.repeat(np.array([1.0] * 12 + [-1.0] * 8), 10)

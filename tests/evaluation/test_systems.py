@@ -11,6 +11,7 @@ from rlhf.evaluation.systems import (
     Generation,
     System,
     build_systems,
+    check_choosers,
     generate,
     load_generations,
     reference_logprobs,
@@ -97,9 +98,10 @@ def test_best_of_n_takes_what_the_proxy_likes_best(policy: Policy) -> None:
         assert len(generation.response) == max(len(response) for response in responses)
 
 
-def test_best_of_n_without_a_proxy_is_refused(policy: Policy) -> None:
+def test_best_of_n_without_a_proxy_is_refused() -> None:
     with pytest.raises(ValueError, match=r"systems\.s: best_of=4 needs a proxy to choose by; set proxy="):
-        sampled(policy, best_of=4)
+        check_choosers([System("s", "path", DECODING, best_of=4)], None)
+    check_choosers([System("s", "path", DECODING)], None)
 
 
 def test_another_seed_gives_other_samples_and_the_same_seed_the_same(policy: Policy) -> None:

@@ -158,7 +158,8 @@ def test_top_k_and_top_p_leave_what_transformers_leaves(top_k: int, top_p: float
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
     warpers.append(TopPLogitsWarper(top_p))
-    theirs = torch.softmax(warpers(torch.zeros(6, 1, dtype=torch.long), logits.clone()), -1)
+    no_tokens: Any = torch.zeros(6, 1, dtype=torch.long)
+    theirs = torch.softmax(warpers(no_tokens, logits.clone()), -1)
     decoding = Decoding(1, temperature=temperature, top_k=top_k, top_p=top_p)
     ours = torch.zeros_like(theirs)
     # A grid of uniform numbers finds every token whose probability is above the grid's step.
