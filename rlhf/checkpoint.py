@@ -87,9 +87,7 @@ class StageFolder:
         return state
 
     def latest_state(self) -> Path | None:
-        """The newest complete state: step_N of this project, checkpoint-N of transformers' Trainer, or a
-        file of finished responses.
-        """
+        """The newest complete state: step_N, checkpoint-N of the Trainer, or finished responses."""
         files = sorted((self.path / "state").glob("[!.]*.jsonl"))
         if files:
             return files[-1]
@@ -134,8 +132,7 @@ class StageFolder:
 
 
 def find_parent(key: str, path: str, *, kind: str, force: bool, optional: bool = False) -> Parent:
-    """Identify an input of a stage and refuse one that is unfinished, of another kind, or failed its own
-    checks.
+    """Identify an input of a stage; refuse one unfinished, of another kind, or with failed checks.
 
     `kind` is "policy", "reward_model" or "records". A hub name or a folder that no stage wrote is taken as
     it is. `optional`: the stage can do without this input, and the message about a missing one says how.

@@ -13,18 +13,14 @@ from rlhf.checkpoint import write_text
 
 
 class MetricLog:
-    """One JSON object a step in metrics.jsonl, and the same numbers in the tracker (tensorboard, wandb,
-    trackio).
-    """
+    """One JSON object a step in metrics.jsonl, and the same numbers in the tracker."""
 
     def __init__(self, folder: Path, tracker: str, *, run_name: str) -> None:
         self.path = folder / "metrics.jsonl"
         self._tracker = _open_tracker(tracker, folder, run_name)
 
     def write(self, step: int, metrics: dict[str, float], seconds: dict[str, float] | None = None) -> None:
-        """Append a step's metrics and hand them to the tracker, which alone sees `seconds`: they never
-        repeat.
-        """
+        """Append a step's metrics; the tracker alone sees `seconds`, which no run repeats."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **metrics}) + "\n")
             stream.flush()
@@ -94,9 +90,7 @@ def _open_tracker(tracker: str, folder: Path, run_name: str) -> Any | None:
 
 
 def progress(total: int, *, initial: int = 0, unit: str = "it", description: str = "") -> Any:
-    """A progress bar with throughput and time left; plain lines at wide intervals where there is no
-    terminal.
-    """
+    """A progress bar with throughput and time left; lines at wide intervals without a terminal."""
     import sys
 
     terminal = sys.stderr.isatty()

@@ -88,9 +88,7 @@ def checked_scores(scorer: Any, prompts: Sequence[Prompt], responses: Sequence[s
 
 
 def score_samples(scorer: Any, codec: TextCodec, prompts: Sequence[Prompt], rollout: Rollout) -> torch.Tensor:
-    """Scores (B,) of a rollout. A reward model with the policy's vocabulary reads the sampled tokens
-    themselves.
-    """
+    """Scores (B,) of a rollout; a reward model with the policy's vocabulary reads its very tokens."""
     if isinstance(scorer, WeightedSum):
         parts = [weight * score_samples(part, codec, prompts, rollout) for weight, part in scorer.parts]
         return torch.stack(parts).sum(0)

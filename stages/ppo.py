@@ -1,6 +1,4 @@
-"""stage=ppo: reinforcement learning of the SFT policy against a reward, with a KL penalty to where it
-started.
-"""
+"""stage=ppo: PPO of the SFT policy against a reward, with a KL penalty to where it started."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""From samples and scores to the numbers of the report: means with intervals, win rates, KL, length,
-repetition.
-"""
+"""From samples and scores to the numbers of the report, each with its interval."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ DISTINCT_LENGTH = 16
 
 @dataclass(frozen=True)
 class Scored:
-    """A system's generations with their scores and, where the reference shares its tokenizer, their log-
-    ratios.
-    """
+    """A system's generations, their scores and, under the reference's tokenizer, their log-ratios."""
 
     system: System
     generations: list[Generation]
@@ -49,8 +45,7 @@ def summarise(scored: Scored, *, reference: str, num_bootstrap: int, seed: int) 
 
 
 def _kl(scored: Scored, reference: str, **options: int) -> dict[str, Any]:
-    """KL to the reference in nats per response: the mean log-ratio of own samples, or the bound of best-
-    of-n.
+    """KL to the reference in nats per response: mean log-ratio of own samples, or best-of-n's bound.
 
     The bound is that of choosing among samples of the reference; of another policy's best-of-n it is not
     known.
@@ -95,9 +90,7 @@ def compare(all_scored: Sequence[Scored], baseline: str, *, num_bootstrap: int, 
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """One sentence on whether ppo, or else the last system, is better than the baseline by the gold scorer,
-    and at what KL.
-    """
+    """One sentence: is ppo, else the last system, better than the baseline by gold, and at what KL."""
     systems, baseline = report["systems"], report["baseline"]
     others = [name for name in systems if name != baseline]
     if not others:

@@ -46,9 +46,7 @@ class Generation:
 
 
 def build_systems(specs: dict[str, Any], decoding: Decoding) -> list[System]:
-    """Systems from the `systems` key: a path, or {path, decoding: {...}, best_of: n} on top of the common
-    decoding.
-    """
+    """Systems from the `systems` key: a path, or {path, decoding: {...}, best_of: n}."""
     systems = []
     for name, spec in specs.items():
         spec = {"path": spec} if isinstance(spec, str) else spec

@@ -59,9 +59,7 @@ class ActorCritic(nn.Module):
 
 
 class Reference:
-    """The frozen policy that the KL penalty is measured against: a model of its own, or a LoRA policy's
-    base.
-    """
+    """The frozen policy that KL is measured to: a model of its own, or a LoRA policy's base."""
 
     def __init__(self, model: Any | None, policy: Any) -> None:
         self.model = model
@@ -124,9 +122,7 @@ def build_roles(config: Any, engine: Engine) -> Roles:
 
 
 def _switch_off_dropout(model: nn.Module) -> None:
-    """Old, new and reference log-probs must come from one function of the weights, an adapter's dropout
-    included.
-    """
+    """Old, new and reference log-probs must come from one function of the weights."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -143,8 +139,7 @@ def _value_head(critic: Any, *, starts_at_zero: bool) -> nn.Linear:
 
 @contextlib.contextmanager
 def adapters_merged(policy: Any) -> Iterator[None]:
-    """Inside, a LoRA policy runs with its adapter folded into the weights; afterwards the base has its own
-    bits back.
+    """Run a LoRA policy with its adapter folded into the weights; the base gets its own bits back.
 
     Quantized layers keep their adapter beside them: there is no exact way back from a merge.
     """
