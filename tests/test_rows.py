@@ -135,7 +135,7 @@ def test_broken_csv(tmp_path, text, message):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     path = tmp_path / "x.parquet"

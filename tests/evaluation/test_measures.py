@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.evaluation.measures import best_of_n_kl, distinct_n, rep_n, seq_rep, share_ended
+from rlhf.evaluation.measures import best_of_n_kl, distinct_n, rep_n, seq_rep
 
 # 8 tokens, 3 different; 7 pairs, 3 different (12 23 31); 6 triples, 3 different; 5 fours, 3 different
 REPETITION: dict[str, Any] = {
@@ -55,13 +55,7 @@ def test_distinct_n_at_a_fixed_length_ignores_what_comes_after() -> None:
     assert distinct_n([[1, 2, 1, 1, 1], [3, 4]], 1) == pytest.approx(4 / 7)
 
 
-def test_share_ended_looks_at_the_last_token() -> None:
-    assert share_ended([[5, 0], [5, 6], [0, 5], [], [7]], {0, 7}) == 0.4
-
-
-def test_a_share_or_mean_of_nothing_is_refused() -> None:
-    with pytest.raises(AssertionError, match="no sequences"):
-        share_ended([], {0})
+def test_a_mean_of_nothing_is_refused() -> None:
     with pytest.raises(AssertionError, match="no sequences"):
         seq_rep([], 4)
 
