@@ -63,6 +63,10 @@ class Rollout:
         rows = zip(self.response_tokens.tolist(), self.response_mask.sum(1).tolist(), strict=True)
         return [tokens[:length] for tokens, length in rows]
 
+    def lengths(self) -> list[int]:
+        """Tokens of each row without padding."""
+        return self.attention_mask.sum(1).tolist()
+
     def sequences(self) -> list[list[int]]:
         """Prompt and response tokens of each row without padding."""
         return [row[mask].tolist() for row, mask in zip(self.tokens, self.attention_mask, strict=True)]

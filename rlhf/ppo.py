@@ -54,18 +54,15 @@ def build_experience(
     Old log-probs come from the learner's own forward pass. Advantages are whitened over the whole batch.
     """
     models, engine = roles.actor_critic, roles.engine
-    columns: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for index in engine.micro_batches(len(scores)):
-        piece = rollout.rows(index.to(rollout.tokens.device))
+    shape, device = rollout.response_mask.shape, rollout.tokens.device
+    old, ref, value = (torch.zeros(shape, device=device) for _ in range(3))
+    for index in engine.micro_batches(rollout.lengths()):
+        piece = rollout.rows(index.to(device))
+        width = piece.response_mask.shape[1]
         with engine.autocast():
-            parts = (
-                models.logprobs(piece, temperature=config.temperature),
-                roles.reference.logprobs(piece, temperature=config.temperature),
-                models.values(piece),
-            )
-        for target, part in zip(columns, parts, strict=True):
-            target.append(_widened(part, rollout.response_mask.shape[1]))
-    old, ref, value = (torch.cat(column) for column in columns)
+            old[index, :width] = models.logprobs(piece, temperature=config.temperature)
+            ref[index, :width] = roles.reference.logprobs(piece, temperature=config.temperature)
+            value[index, :width] = models.values(piece)
     mask = rollout.response_mask
     rewards = shaped_rewards(old, ref, scores, mask, kl_coef)
     advantages, returns = gae(rewards, value, mask, gamma=config.gae.gamma, lam=config.gae.lam)
@@ -127,7 +124,7 @@ class Learner:
         denominator = batch.rollout.response_mask.sum()
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, float] = {}
-        for index in self.engine.micro_batches(len(batch.scores)):
+        for index in self.engine.micro_batches(batch.rollout.lengths()):
             piece = batch.rows(index.to(batch.scores.device))
             for name, value in self.backward(piece, denominator).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
@@ -194,7 +191,3 @@ def experience_metrics(experience: Experience, eos_token_id: int) -> dict[str, f
         "share_ended": float((last == eos_token_id).float().mean()),
         "explained_variance": float(1 - masked_mean(errors.square(), mask) / variance.clamp(min=1e-8)),
     }
-
-
-def _widened(values: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]))

@@ -28,9 +28,6 @@ from rlhf.sampling.sampler import Decoding
 from rlhf.text import TextCodec
 from rlhf.training import attach_log, trainer_arguments
 
-# A batch of scores is computed for at most this many tokens at a time.
-TOKENS_PER_SCORING_BATCH = 4096
-
 
 @dataclass(frozen=True)
 class RankedRow:
@@ -122,8 +119,11 @@ class RankingTrainer(Trainer):
     optimizer step.
     """
 
-    def __init__(self, *, label_smoothing: float, centering: float, margin: bool, **arguments: Any) -> None:
+    def __init__(
+        self, *, engine: Engine, label_smoothing: float, centering: float, margin: bool, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
+        self.engine = engine
         self.model_accepts_loss_kwargs = True
         self.loss_options = {"label_smoothing": label_smoothing, "centering": centering}
         self.margin = margin
@@ -143,7 +143,7 @@ class RankingTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Sum of the prompts' losses over the number of prompts in the step."""
-        scores = sequence_scores(model, inputs["tokens"], inputs["attention_mask"])
+        scores = self.scores(model, inputs["tokens"], inputs["attention_mask"])
         loss, num_prompts = ranking_loss(
             scores,
             inputs["prompt_index"],
@@ -153,6 +153,15 @@ class RankingTrainer(Trainer):
         )
         loss = loss / (num_items_in_batch or num_prompts)
         return (loss, {"scores": scores}) if return_outputs else loss
+
+    def scores(self, model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores (N,) of a batch, rows of like length computed together."""
+        pieces = [
+            index.to(tokens.device) for index in self.engine.micro_batches(attention_mask.sum(1).tolist())
+        ]
+        with self.engine.autocast():
+            scores = [sequence_scores(model, tokens[index], attention_mask[index]) for index in pieces]
+        return torch.cat(scores)[torch.cat(pieces).argsort()]
 
 
 class RewardTraining:
@@ -177,6 +186,7 @@ class RewardTraining:
             args=TrainingArguments(**trainer_arguments(config, folder, engine, len(rows))),
             train_dataset=list(rows),
             data_collator=lambda batch: collate(batch, codec.pad_token_id),
+            engine=engine,
             label_smoothing=config.label_smoothing,
             centering=config.centering,
             margin=config.margin,
@@ -276,18 +286,11 @@ def calibrate(
 def _in_batches(
     function: Any, model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int, engine: Engine
 ) -> Tensor:
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     results: list[Tensor] = [torch.empty(0)] * len(rows)
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * len(rows[order[stop]]) <= TOKENS_PER_SCORING_BATCH:
-            stop += 1
-        batch = order[start:stop]
-        tokens, mask = right_pad([rows[i] for i in batch], pad_token_id)
+    for index in engine.micro_batches([len(row) for row in rows]):
+        tokens, mask = right_pad([rows[i] for i in index], pad_token_id)
         with engine.autocast():
             values = function(model, tokens.to(engine.device), mask.to(engine.device))
-        for i, value in zip(batch, values, strict=True):
+        for i, value in zip(index.tolist(), values, strict=True):
             results[i] = value
-        start = stop
     return torch.stack(results)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -17,7 +18,9 @@ from rlhf.checks import Check
 from rlhf.engine import Engine
 from rlhf.metrics import MetricLog
 from rlhf.models.adapters import add_lora, trainable_parameters, uses_lora
-from rlhf.models.loading import load_causal_lm, load_options
+from rlhf.models.forward import states_at
+from rlhf.models.loading import load_causal_lm, load_options, logits_of
+from rlhf.numerics.logprobs import token_logprobs
 from rlhf.records import Demonstration
 from rlhf.sampling.policy import Policy
 from rlhf.sampling.sampler import Decoding
@@ -26,6 +29,9 @@ from rlhf.training import attach_log, trainer_arguments
 
 # Below this share of finished samples a model has not learned to stop.
 LOWEST_EOS_SHARE = 0.05
+
+# The label of a token that is not learned, in all of transformers.
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,37 @@ def fit(encoded: Encoded, max_length: int) -> tuple[Encoded, bool, bool]:
     return Encoded(tokens[:max_length], mask[:max_length]), start > 0, len(tokens) > max_length
 
 
+class ResponseTrainer(SFTTrainer):
+    """trl's trainer with the vocabulary's scores at response positions only, rows of like length computed
+    together; packed rows go trl's own way.
+    """
+
+    def __init__(self, *, engine: Engine, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.engine = engine
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Mean negative log-likelihood of the labelled tokens, over those of the whole optimizer step."""
+        if "position_ids" in inputs:  # a packed batch
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert not return_outputs, "only the loss is asked for"
+        labels, tokens, mask = inputs["labels"][:, 1:], inputs["input_ids"], inputs["attention_mask"].bool()
+        total = torch.zeros((), device=tokens.device)
+        for piece in self.engine.micro_batches(mask.sum(1).tolist()):
+            index = piece.to(tokens.device)
+            rows, columns = (labels[index] != IGNORED_LABEL).nonzero(as_tuple=True)
+            with self.engine.autocast():
+                logits = logits_of(model, states_at(model, tokens[index], mask[index], rows, columns))
+            total = total - token_logprobs(logits, labels[index][rows, columns]).sum()
+        return total / (num_items_in_batch or (labels != IGNORED_LABEL).sum())
+
+
 class SFT:
     """One supervised run: model, data and trainer, ready to train and to be judged."""
 
@@ -83,7 +120,8 @@ class SFT:
             model = add_lora(model, config.adapter, task="CAUSAL_LM")
         self.model = model
         self.log = MetricLog(folder.path, config.tracker, run_name=f"{config.name}-sft")
-        self.trainer = SFTTrainer(
+        self.trainer = ResponseTrainer(
+            engine=engine,
             model=model,
             args=SFTConfig(
                 **trainer_arguments(config, folder, engine, len(rows["train"])),

@@ -146,9 +146,7 @@ def score_all(
         scores = [None if s is None else checked_scores(s, prompts, texts).tolist() for s in (proxy, gold)]
         ratios = None
         if same_tokenizer(system.path, reference.codec.tokenizer.name_or_path):
-            logprobs = reference_logprobs(
-                reference, rows, temperature=config.decoding.temperature, batch_size=config.batch_size
-            )
+            logprobs = reference_logprobs(reference, rows, temperature=config.decoding.temperature)
             ratios = [g.logprob - logprob for g, logprob in zip(rows, logprobs, strict=True)]
         results.append(Scored(system, rows, proxy=scores[0], gold=scores[1], log_ratios=ratios))
     return results

@@ -137,7 +137,7 @@ def judge(
         "accuracy_by_gap": accuracy_by_gap(gaps, held_out.records, pairs),
         "score_length_correlation": score_length_correlation(scores.tolist(), texts),
         "pairs": len(pairs),
-    } | {"accuracy": vars(accuracy)}
+    }
     tolerance = 1e-4 if engine.dtype == torch.float32 else 0.2
     invariance = float((alone - scores[:8]).abs().max())
     return results, ranking_checks(accuracy, longer, tfidf, invariance, tolerance)

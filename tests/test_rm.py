@@ -76,6 +76,7 @@ def trainer_of(
         save_strategy="no",
     )
     return RankingTrainer(
+        engine=ENGINE,
         model=model,
         args=arguments,
         train_dataset=rows,

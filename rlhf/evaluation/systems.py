@@ -101,18 +101,21 @@ def _generations(prompts: Sequence[Any], rollout: Rollout, policy: Policy) -> li
 
 @torch.no_grad()
 def reference_logprobs(
-    reference: Policy, generations: Sequence[Generation], *, temperature: float, batch_size: int
+    reference: Policy, generations: Sequence[Generation], *, temperature: float
 ) -> list[float]:
     """Log-probs (P,) of whole responses under a reference policy with the same tokenizer."""
     codec, engine = reference.codec, reference.engine
-    totals: list[float] = []
-    for start in range(0, len(generations), batch_size):
-        batch = generations[start : start + batch_size]
-        prompts = left_pad([codec.encode_prompt(g.prompt) for g in batch], codec.pad_token_id, engine.device)
-        rollout = join(prompts, [g.tokens for g in batch], codec.pad_token_id)
+    prompts = left_pad(
+        [codec.encode_prompt(g.prompt) for g in generations], codec.pad_token_id, engine.device
+    )
+    rollout = join(prompts, [g.tokens for g in generations], codec.pad_token_id)
+    totals = torch.zeros(len(generations))
+    for index in engine.micro_batches(rollout.lengths()):
+        piece = rollout.rows(index.to(engine.device))
         with engine.autocast():
-            totals += response_logprobs(reference.model, rollout, temperature=temperature).sum(1).tolist()
-    return totals
+            logprobs = response_logprobs(reference.model, piece, temperature=temperature)
+        totals[index] = logprobs.sum(1).cpu()
+    return totals.tolist()
 
 
 def save_generations(path: Path, generations: Sequence[Generation]) -> None:

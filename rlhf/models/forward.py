@@ -7,28 +7,47 @@ shift by one.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rlhf.batches import Rollout, position_ids
+from rlhf.batches import Rollout
 from rlhf.models.loading import head, logits_of, trunk
 from rlhf.numerics.logprobs import entropy, token_logprobs
 from rlhf.numerics.masked import last_true_index
 
+# Above this length the squares of plain attention cost more than the fused kernel.
+LONGEST_PLAIN_ATTENTION = 512
 
-def hidden_states(model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-    """Last hidden states (B, L, H) of tokens (B, L), positions counted over real tokens, padding on either
-    side.
+
+def states_at(model: Any, tokens: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Last hidden states (N, H) at N positions (rows, columns) of tokens (B, L), padded on either side.
+
+    The rows are shifted to the left, so that all padding stands behind them: causal attention then keeps it
+    out without a mask, positions count real tokens only, and the pass is as wide as the longest row needs.
     """
-    output = trunk(model)(
-        input_ids=tokens,
-        attention_mask=attention_mask.long(),
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-    )
-    return output.last_hidden_state
+    shift = attention_mask.int().argmax(1)
+    width = int(attention_mask.sum(1).max())
+    index = (shift.unsqueeze(1) + torch.arange(width, device=tokens.device)).clamp(max=tokens.shape[1] - 1)
+    layers = trunk(model)
+    with _attention_kernel(layers, tokens.device, width):
+        hidden = layers(input_ids=tokens.gather(1, index), use_cache=False).last_hidden_state
+    return hidden[rows, columns - shift[rows]]
+
+
+def _attention_kernel(
+    layers: Any, device: torch.device, width: int
+) -> contextlib.AbstractContextManager[None]:
+    """On a processor, plain products for short rows: the fused kernel's backward takes several times as long.
+
+    Gradient checkpointing computes attention again in the backward pass, outside of this, by torch's choice.
+    """
+    if device.type != "cpu" or width > LONGEST_PLAIN_ATTENTION or layers.is_gradient_checkpointing:
+        return contextlib.nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def response_logprobs(model: Any, rollout: Rollout, *, temperature: float) -> Tensor:
@@ -54,15 +73,14 @@ def response_logprobs_and_entropy(
 
 def response_values(critic: Any, value_head: nn.Module, rollout: Rollout) -> Tensor:
     """Values (B, R) in float32 of the states before each response token, 0 off the response."""
-    states = _states_before_response(hidden_states(critic, rollout.tokens, rollout.attention_mask), rollout)
+    states = _states_before_response(critic, rollout)
     return _scattered(_in_float32(value_head, states), rollout.response_mask)
 
 
 def last_states(model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
     """Hidden states (B, H) in float32 at the last real token of each row, found by mask."""
-    hidden = hidden_states(model, tokens, attention_mask)
     rows = torch.arange(len(tokens), device=tokens.device)
-    return hidden[rows, last_true_index(attention_mask)].float()
+    return states_at(model, tokens, attention_mask, rows, last_true_index(attention_mask)).float()
 
 
 def sequence_scores(model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
@@ -71,14 +89,14 @@ def sequence_scores(model: Any, tokens: Tensor, attention_mask: Tensor) -> Tenso
 
 
 def _response_logits(model: Any, rollout: Rollout) -> Tensor:
-    hidden = hidden_states(model, rollout.tokens, rollout.attention_mask)
-    return logits_of(model, _states_before_response(hidden, rollout))
+    return logits_of(model, _states_before_response(model, rollout))
 
 
-def _states_before_response(hidden: Tensor, rollout: Rollout) -> Tensor:
+def _states_before_response(model: Any, rollout: Rollout) -> Tensor:
     """Hidden states (N, H) from which the response tokens are predicted, rows after one another."""
-    before = hidden[:, rollout.prompt_length - 1 : -1]
-    return before[rollout.response_mask]
+    rows, steps = rollout.response_mask.nonzero(as_tuple=True)
+    columns = rollout.prompt_length - 1 + steps
+    return states_at(model, rollout.tokens, rollout.attention_mask, rows, columns)
 
 
 def _in_float32(layer: nn.Module, states: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ from rlhf.models.loading import logits_of, trunk
 # Copying the cache costs about as much as a step saves once this share of its rows has ended.
 SHARE_ENDED_BEFORE_DROP = 0.1
 
+# Rows are drawn from in pieces of this many logits: 4 MB, so that the passes over them stay in the cache.
+FLOATS_PER_DRAW = 1 << 20
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -123,7 +126,19 @@ def choose_tokens(
 
     Arg-max (log-prob 0), or inversion of the cumulative distribution at `uniforms`.
     """
-    logits = logits.float()
+    size = max(1, FLOATS_PER_DRAW // logits.shape[-1])
+    starts = range(0, len(logits), size)
+    pieces = [
+        _draw(logits[i : i + size].float(), uniforms[i : i + size], decoding, responses[i : i + size])
+        for i in starts
+    ]
+    tokens, logprobs = zip(*pieces, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _draw(
+    logits: Tensor, uniforms: Tensor, decoding: Decoding, responses: list[list[int]]
+) -> tuple[Tensor, Tensor]:
     if decoding.repetition_penalty != 1.0:
         logits = penalise_repetition(logits, responses, decoding.repetition_penalty)
     if decoding.greedy:

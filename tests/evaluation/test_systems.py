@@ -60,7 +60,7 @@ def test_systems_are_paths_or_mappings_on_top_of_the_common_decoding() -> None:
 
 def test_a_policy_has_no_kl_to_itself(policy: Policy) -> None:
     found = sampled(policy)
-    logprobs = reference_logprobs(policy, found, temperature=1.0, batch_size=2)
+    logprobs = reference_logprobs(policy, found, temperature=1.0)
     assert len(found) == len(PROMPTS) and min(logprobs) < -5
     assert logprobs == pytest.approx([g.logprob for g in found], abs=1e-4)
 
@@ -68,18 +68,15 @@ def test_a_policy_has_no_kl_to_itself(policy: Policy) -> None:
 def test_kl_at_another_temperature_is_measured_at_that_temperature(policy: Policy) -> None:
     found = sampled(policy, decoding=Decoding(12, temperature=0.7))
     expected = [g.logprob for g in found]
-    assert reference_logprobs(policy, found, temperature=0.7, batch_size=8) == pytest.approx(
-        expected, abs=1e-4
-    )
-    assert reference_logprobs(policy, found, temperature=1.0, batch_size=8) != pytest.approx(
-        expected, abs=1e-2
-    )
+    assert reference_logprobs(policy, found, temperature=0.7) == pytest.approx(expected, abs=1e-4)
+    assert reference_logprobs(policy, found, temperature=1.0) != pytest.approx(expected, abs=1e-2)
 
 
 def test_the_reference_does_not_care_what_shares_its_batch(policy: Policy) -> None:
     found = sampled(policy)
-    one, five = (reference_logprobs(policy, found, temperature=1.0, batch_size=size) for size in (1, 5))
-    assert one == pytest.approx(five, abs=1e-4)
+    together = reference_logprobs(policy, found, temperature=1.0)
+    alone = [reference_logprobs(policy, [each], temperature=1.0)[0] for each in found]
+    assert alone == pytest.approx(together, abs=1e-4)
 
 
 def test_best_of_n_takes_what_the_proxy_likes_best(policy: Policy) -> None:

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.batches import Rollout, join, left_pad
 from rlhf.models.forward import (
-    hidden_states,
     response_logprobs,
     response_logprobs_and_entropy,
     response_values,
     sequence_scores,
+    states_at,
 )
 from rlhf.models.loading import (
     LoadOptions,
@@ -150,8 +150,9 @@ def test_values_belong_to_the_states_before_the_tokens(folder: Path, family: str
     with torch.no_grad():
         values = response_values(critic, head, rollout())
         tokens = torch.tensor([PROMPTS[3] + RESPONSES[3]])
-        states = hidden_states(critic, tokens, torch.ones_like(tokens, dtype=torch.bool))[0]
-        expected = head(states[4:9])[:, 0]
+        everywhere, columns = torch.ones_like(tokens, dtype=torch.bool), torch.arange(4, 9)
+        states = states_at(critic, tokens, everywhere, torch.zeros_like(columns), columns)
+        expected = head(states)[:, 0]
     torch.testing.assert_close(values[3, :5], expected, rtol=0, atol=1e-5)
     assert not values[~rollout().response_mask].any()
 
@@ -191,10 +192,12 @@ def test_dropout_is_off_although_the_configuration_names_it(folder: Path, family
     for model in (load(folder, family), load_reward_model(str(folder / f"{family}-rm"), options(family))):
         batch = rollout()
         with torch.no_grad():
-            expected = hidden_states(model, batch.tokens, batch.attention_mask)
+            everywhere = batch.attention_mask.nonzero(as_tuple=True)
+            expected = states_at(model, batch.tokens, batch.attention_mask, *everywhere)
             model.train()
             for _ in range(3):
-                assert hidden_states(model, batch.tokens, batch.attention_mask).equal(expected)
+                found = states_at(model, batch.tokens, batch.attention_mask, *everywhere)
+                assert found.equal(expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
