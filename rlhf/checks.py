@@ -1,7 +1,10 @@
 """The checks a stage ends with: whether its product is good, in words and numbers."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -25,4 +28,5 @@ def print_checks(checks: Iterable[Check]) -> None:
     width = max((len(check.name) for check in checks), default=0)
     for check in checks:
         verdict = "ok    " if check.passed else "FAILED"
-        print(f"  {verdict}  {check.name:<{width}}  {check.value}  ({check.meaning})", flush=True)
+        # A bar that is open keeps its own line.
+        tqdm.write(f"  {verdict}  {check.name:<{width}}  {check.value}  ({check.meaning})", file=sys.stdout)

@@ -5,7 +5,10 @@ computes.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +70,8 @@ def build_engine(settings: Any, num_parameters: int) -> Engine:
             f"engine.device={name}, but this machine shows no CUDA device; use engine.device=cpu"
         )
     device = torch.device(name)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an installed DeepSpeed need not look, and say so
     if settings.dtype == "auto":
         use_bf16 = num_parameters >= SMALLEST_BF16_MODEL and has_native_bf16(device)
         dtype = torch.bfloat16 if use_bf16 else torch.float32
@@ -83,6 +88,14 @@ def has_native_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes held so far: on the GPU where `engine.device` leads there, else by this process."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def seed_everything(seed: int) -> None:

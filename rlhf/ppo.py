@@ -75,13 +75,6 @@ class Learner:
     """The optimizer of policy and critic, and the epochs of minibatches that make one update."""
 
     def __init__(self, models: ActorCritic, engine: Engine, config: Any) -> None:
-        if not 1 <= config.minibatches <= config.batch_size:
-            raise ValueError(
-                f"minibatches={config.minibatches} of batch_size={config.batch_size} episodes: "
-                "give every minibatch at least one episode"
-            )
-        if config.epochs < 1:
-            raise ValueError(f"epochs={config.epochs}: an update needs at least 1")
         self.models, self.engine, self.config = models, engine, config
         groups = [
             {"params": models.policy_parameters(), "lr": config.learning_rate},

@@ -83,12 +83,6 @@ class PPORun:
         prompts: Sequence[PromptRecord],
         folder: StageFolder,
     ) -> None:
-        if config.top_k != 0 or config.top_p != 1:
-            raise ValueError(
-                f"top_k={config.top_k}, top_p={config.top_p}: PPO learns from log-probs of the whole "
-                "distribution that it samples from; set top_k=0 and top_p=1.0 (decoding.top_k and "
-                "decoding.top_p are for evaluation)"
-            )
         self.config, self.codec, self.engine, self.folder = config, codec, roles.engine, folder
         self.roles, self.models, self.reward, self.prompts = roles, roles.actor_critic, reward, prompts
         self.policy = Policy(self.models.policy, codec, roles.engine)

@@ -21,7 +21,7 @@ class Model:
     path: str
     revision: str | None
     trust_remote_code: bool
-    attention: str
+    attention: str | None
     learning_rate: LearningRates
 
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from rlhf.records import Prompt
 
 # Sentence-piece tokenizers put a space before the first word of a text; behind this anchor nothing is added
@@ -67,7 +69,7 @@ class TextCodec:
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt, its start cut off where it is longer than `max_prompt_tokens`."""
-        tokens = self._with_bos(self.prompt_text(prompt))
+        tokens = _joined(self._context(prompt)).tokens
         self.num_prompts += 1
         if self.max_prompt_tokens and len(tokens) > self.max_prompt_tokens:
             self.num_cut_prompts += 1
@@ -103,23 +105,33 @@ class TextCodec:
         if isinstance(prompt, str) and not self.uses_chat:
             return _joined([(self.encode_prompt(prompt), False), (self.encode_response(response), True)])
         messages = [*_messages(prompt), {"role": "assistant", "content": response}]
+        text = self._as_rendered(messages, self.prompt_text(prompt))
+        self.num_prompts += 1
+        return _joined([*self._context(prompt), (self.encode_response(text), True)])
+
+    def _context(self, prompt: Prompt) -> list[tuple[list[int], bool]]:
+        """Pieces of tokens up to where the response begins; true on earlier assistant turns, which are
+        encoded as responses too.
+        """
+        if isinstance(prompt, str) and not self.uses_chat:
+            return [(self._with_bos(prompt), False)]
+        messages = _messages(prompt)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         pieces: list[tuple[list[int], bool]] = []
         done = ""
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
+        for turn in [*turns, len(messages)]:
             before = self.prompt_text(messages[:turn])
             if not before.startswith(done):
                 # A template that rewrites earlier turns cannot be learned turn by turn: only the last one
                 # counts.
                 pieces, done = [], ""
             context = self._without_end_of_turn(before[len(done) :]) if done else before
-            text = self._as_rendered(messages[: turn + 1], before)
             pieces.append((self._continuation(context) if done else self._with_bos(context), False))
-            pieces.append((self.encode_response(text), True))
-            done = before + self._lead + text
-        self.num_prompts += 1
-        return _joined(pieces)
+            if turn < len(messages):
+                text = self._as_rendered(messages[: turn + 1], before)
+                pieces.append((self.encode_response(text), True))
+                done = before + self._lead + text
+        return pieces
 
     def _as_rendered(self, messages: list[dict[str, str]], before: str) -> str:
         """The last turn's text as the template writes it after `before`: some strip it."""
@@ -138,9 +150,11 @@ class TextCodec:
     def _continuation(self, text: str) -> list[int]:
         """Tokens of a text in the middle of another."""
         tokens = self._ids((ANCHOR if self._anchor else "") + text)
-        assert tokens[: len(self._anchor)] == self._anchor, (
-            f"the tokenizer merges {ANCHOR!r} with {text[:20]!r}"
-        )
+        if tokens[: len(self._anchor)] != self._anchor:
+            raise ValueError(
+                f"the tokenizer of {self.tokenizer.name_or_path} merges a line break with {text[:20]!r}, "
+                "so the tokens of a response would depend on its prompt; use another tokenizer"
+            )
         return tokens[len(self._anchor) :]
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
@@ -199,9 +213,16 @@ def _turn_frame(tokenizer: Any) -> tuple[str, int]:
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation of the turns {roles}: "
+            f"{error}; change the rows, or use data.format=plain"
+        ) from error
 
 
 def _is_sentence_piece(tokenizer: Any) -> bool:

@@ -71,6 +71,7 @@ def check_config(config: StageConfig) -> None:
             raise ValueError(f"samples_per_prompt={config.samples_per_prompt}: ranking needs at least 2")
     if isinstance(config, PPOConfig):
         check_scorer("reward", config.reward)
+        _check_ppo(config)
     if isinstance(config, EvaluateConfig):
         for key, spec in (("proxy", config.proxy), ("gold", config.gold)):
             if spec is not None:
@@ -132,6 +133,22 @@ def check_systems(systems: dict[str, Any], baseline: str | None) -> None:
         )
     if baseline is not None and baseline not in systems:
         raise ValueError(f"baseline={baseline}: not one of the systems {', '.join(systems)}")
+
+
+def _check_ppo(config: PPOConfig) -> None:
+    if config.minibatches > config.batch_size:
+        raise ValueError(
+            f"minibatches={config.minibatches} of batch_size={config.batch_size} episodes: "
+            "give every minibatch at least one episode"
+        )
+    if config.epochs < 1:
+        raise ValueError(f"epochs={config.epochs}: an update needs at least 1")
+    if config.top_k != 0 or config.top_p != 1:
+        raise ValueError(
+            f"top_k={config.top_k}, top_p={config.top_p}: PPO learns from log-probs of the whole "
+            "distribution that it samples from; set top_k=0 and top_p=1.0 (decoding.top_k and "
+            "decoding.top_p are for evaluation)"
+        )
 
 
 def _check_parts(key: str, parts: Any) -> None:

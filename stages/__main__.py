@@ -26,6 +26,7 @@ def main(words: list[str]) -> int:
     except (ValueError, OSError) as error:  # OSError: missing files, a full disk, a hub name not found
         if os.environ.get("RLHF_TRACEBACK") == "1":
             raise
+        close_bars()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -73,6 +74,13 @@ def run(stage: str, overrides: list[str]) -> int:
     quiet_libraries()
     importlib.import_module(f"stages.{stage}").main(overrides)
     return 0
+
+
+def close_bars() -> None:
+    """End the line of every open progress bar."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
 
 
 def quiet_libraries() -> None:

@@ -56,10 +56,10 @@ def main(overrides: list[str]) -> None:
         "a labeller that ties its responses, or a policy that repeats itself, leaves nothing to learn from",
     )
     stage.facts["labeller"] = labeller.name
-    folder.finish("records", parents=parents, checks=[check], seconds=stage.seconds, **stage.facts)
+    folder.finish("records", parents=parents, checks=[check], **stage.cost(), **stage.facts)
     folder.drop_states()
     print_checks([check])
-    print(f"{len(lists)} ranked lists in {folder.path / 'ranked.jsonl'} ({stage.seconds:.0f} s)")
+    print(f"{len(lists)} ranked lists in {folder.path / 'ranked.jsonl'} ({stage.cost_in_words()})")
 
 
 def decoding_of(settings: object, max_new_tokens: int) -> Decoding:

@@ -72,10 +72,19 @@ class Stage:
             limit = self.config.data.max_prompt_tokens
             print(f"{share:.1%} of the prompts were cut at data.max_prompt_tokens={limit}", flush=True)
 
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds since the stage began."""
-        return round(time.time() - self.started, 1)
+    def cost(self) -> dict[str, float]:
+        """Wall-clock seconds since the stage began, and the most memory it held: the GPU's where it ran on
+        one, else the process's.
+        """
+        from rlhf.engine import peak_memory
+
+        gib = peak_memory(self.config.engine.device) / 2**30
+        return {"seconds": round(time.time() - self.started, 1), "peak_memory_gib": round(gib, 2)}
+
+    def cost_in_words(self) -> str:
+        """The cost for the stage's last line."""
+        cost = self.cost()
+        return f"{cost['seconds']:.0f} s, peak memory {cost['peak_memory_gib']:.1f} GiB"
 
 
 def resolved(path: str) -> str:

@@ -76,11 +76,11 @@ def main(overrides: list[str]) -> None:
         folder.path, report, scored, curves=Path(ppo).parent / "metrics.jsonl", num_samples=config.num_samples
     )
     folder.finish(
-        "report", parents=parents, checks=[], results=report["systems"], seconds=stage.seconds, **stage.facts
+        "report", parents=parents, checks=[], results=report["systems"], **stage.cost(), **stage.facts
     )
     folder.drop_states()
     print_table(report)
-    print(f"{report['verdict']}\nreport: {folder.path / 'report.md'} ({stage.seconds:.0f} s)")
+    print(f"{report['verdict']}\nreport: {folder.path / 'report.md'} ({stage.cost_in_words()})")
 
 
 def warn_of_seen_prompts(stage: Stage, prompts: Any) -> None:

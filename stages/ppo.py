@@ -46,12 +46,10 @@ def main(overrides: list[str]) -> None:
         **{name: f"{value:.3f}" for name, value in run.last.items() if name in ("score", "kl", "length")},
     }
     write_model(folder, model, codec.tokenizer, model_card("PPO policy", base=parents[0].path, facts=facts))
-    folder.finish(
-        "policy", parents=parents, checks=checks, results=run.last, seconds=stage.seconds, **stage.facts
-    )
+    folder.finish("policy", parents=parents, checks=checks, results=run.last, **stage.cost(), **stage.facts)
     folder.drop_states()
     print_checks(checks)
     print(
         f"score {run.first['score']:.2f} -> {run.last['score']:.2f} at KL {run.last['kl']:.2f}; "
-        f"model in {folder.model} ({stage.seconds:.0f} s)"
+        f"model in {folder.model} ({stage.cost_in_words()})"
     )

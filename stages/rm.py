@@ -84,13 +84,13 @@ def main(overrides: list[str]) -> None:
     write_model(folder, model, tokenizer, model_card("Reward model", base=parents[0].path, facts=facts))
     run.log.close()
     folder.finish(
-        "reward_model", parents=parents, checks=checks, results=results, seconds=stage.seconds, **stage.facts
+        "reward_model", parents=parents, checks=checks, results=results, **stage.cost(), **stage.facts
     )
     folder.drop_states()
     print_checks(checks)
     print(
         f"held-out accuracy {results['accuracy']['mean']:.3f}; "
-        f"model in {folder.model} ({stage.seconds:.0f} s)"
+        f"model in {folder.model} ({stage.cost_in_words()})"
     )
 
 
@@ -130,10 +130,10 @@ def judge(
     )
     texts = [text for record in held_out.records for text in record.responses]
     results = {
+        **calibration(torch.from_numpy(gaps)),
         "accuracy": vars(accuracy),
         "longer_wins": vars(longer),
         "tfidf": vars(tfidf),
-        **calibration(torch.from_numpy(gaps)),
         "accuracy_by_gap": accuracy_by_gap(gaps, held_out.records, pairs),
         "score_length_correlation": score_length_correlation(scores.tolist(), texts),
         "pairs": len(pairs),

@@ -69,9 +69,7 @@ def main(overrides: list[str]) -> None:
     write_model(folder, model, codec.tokenizer, model_card("SFT policy", base=parent.path, facts=facts))
     run.log.close()
     results = {"base_loss": base_loss, "loss": loss}
-    folder.finish(
-        "policy", parents=[parent], checks=checks, results=results, seconds=stage.seconds, **stage.facts
-    )
+    folder.finish("policy", parents=[parent], checks=checks, results=results, **stage.cost(), **stage.facts)
     folder.drop_states()
     print_checks(checks)
-    print(f"held-out loss {base_loss:.3f} -> {loss:.3f}; model in {folder.model} ({stage.seconds:.0f} s)")
+    print(f"held-out loss {base_loss:.3f} -> {loss:.3f}; model in {folder.model} ({stage.cost_in_words()})")

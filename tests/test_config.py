@@ -201,6 +201,14 @@ MISTAKES = [
     ("sft", ["learning_rate=-1"], "learning_rate=-1.0: a number that is not negative is expected"),
     ("ppo", ["temperature=0"], "temperature=0.0: a number that is above 0 is expected"),
     ("ppo", ["gae.lam=2"], "gae.lam=2.0: a number from 0 to 1 is expected"),
+    (
+        "ppo",
+        ["minibatches=7", "batch_size=6"],
+        "minibatches=7 of batch_size=6 episodes: give every minibatch",
+    ),
+    ("ppo", ["epochs=0"], "epochs=0: an update needs at least 1"),
+    ("ppo", ["top_k=50"], "PPO learns from log-probs of the whole distribution"),
+    ("ppo", ["top_p=0.9"], "set top_k=0 and top_p=1.0"),
     ("collect", ["samples_per_prompt=1"], "samples_per_prompt=1: ranking needs at least 2"),
     ("sft", ["overwrite=true", "resume=true"], "contradict each other"),
     (

@@ -365,22 +365,6 @@ def test_epochs_end_above_the_approx_kl_limit(folder: Path) -> None:
     assert metrics["optimizer_steps"] == 4
 
 
-def test_settings_that_leave_nothing_to_learn_from_are_refused(folder: Path) -> None:
-    engine = Engine(torch.device("cpu"), torch.float32)
-    with pytest.raises(ValueError, match="minibatches=7 of batch_size=6 episodes: give every minibatch"):
-        Learner(torch_models(), engine, settings(folder, minibatches=7))
-    with pytest.raises(ValueError, match="epochs=0: an update needs at least 1"):
-        Learner(torch_models(), engine, settings(folder, epochs=0))
-
-
-@pytest.mark.parametrize("more", [{"top_k": 50}, {"top_p": 0.9}])
-def test_truncated_sampling_is_refused_in_ppo(folder: Path, tmp_path: Path, more: dict[str, Any]) -> None:
-    with pytest.raises(
-        ValueError, match=r"PPO learns from log-probs of the whole distribution .* set top_k=0"
-    ):
-        run_of(folder, tmp_path, **more)
-
-
 def test_each_pass_meets_every_prompt_once(folder: Path, tmp_path: Path) -> None:
     # 5 prompts in batches of 6: passes do not end with batches.
     run = run_of(folder, tmp_path)

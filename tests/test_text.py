@@ -191,11 +191,7 @@ def test_the_last_turn_follows_the_tokens_of_its_prompt(codec: TextCodec) -> Non
     encoded = codec.encode_conversation(DIALOGUE, LAST_TURN)
     response = codec.encode_response(LAST_TURN)
     before = encoded.tokens[: -len(response)]
-    text = codec.tokenizer.decode(before, clean_up_tokenization_spaces=False)
-    prompt = codec.tokenizer.decode(codec.encode_prompt(DIALOGUE), clean_up_tokenization_spaces=False)
-    if codec.uses_chat:
-        assert text == prompt
-        assert before == codec.encode_prompt(DIALOGUE)
+    assert before == codec.encode_prompt(DIALOGUE)
 
 
 def test_chat_tokens_decode_to_the_templates_text() -> None:
@@ -232,6 +228,18 @@ def test_plain_dialogues_name_the_speakers(tiny_tokenizer: Any) -> None:
         "Be brief.\n\nHuman: Hi! 你好\n\nAssistant:\nHello 😀\n\nHuman: And now?\n\n\nAssistant:\n"
     )
     assert codec.prompt_text("as it is ") == "as it is "
+
+
+def test_a_turn_that_the_template_refuses_is_named() -> None:
+    codec = TextCodec(bracket_tokenizer())
+    codec.tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + BRACKETS
+    )
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    with pytest.raises(
+        ValueError, match=r"refuses .* turns system, user: no system turns; .* data\.format=plain"
+    ):
+        codec.encode_prompt(messages)
 
 
 def test_the_end_of_turn_of_the_template_is_learned_where_it_is_not_eos() -> None:

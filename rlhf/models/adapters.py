@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.models.loading import LoadOptions, load_causal_lm, new_reward_model
 
@@ -25,6 +26,7 @@ def add_lora(model: Any, adapter: Any, *, task: str | None) -> Any:
         r=adapter.r,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=["score"] if task is None else None,
         task_type=task,

@@ -34,7 +34,7 @@ class LoadOptions:
 
     dtype: torch.dtype = torch.float32
     quantization: str = "none"
-    attention: str = "sdpa"
+    attention: str | None = "sdpa"
     revision: str | None = None
     trust_remote_code: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
