@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from rlhf.checks import Check
 from rlhf.config import STAGES
@@ -60,19 +61,8 @@ class StageFolder:
         Raises ValueError where the stage is finished, was interrupted and nothing was said, or is resumed
         with settings that differ from those it began with.
         """
-        if overwrite:
-            shutil.rmtree(self.path, ignore_errors=True)
-        if (self.path / "stage.json").exists():
-            raise ValueError(
-                f"stage {self.stage} is finished, its result lies in {self.path}; "
-                "overwrite=true runs it again, name=... starts another run"
-            )
-        state = self.latest_state()
-        if state is not None and not resume:
-            raise ValueError(
-                f"stage {self.stage} was interrupted at {state.relative_to(self.path)} ({self.path}); "
-                "resume=true goes on from there, overwrite=true starts again"
-            )
+        self.check_free(overwrite=overwrite, resume=resume)
+        state = None if overwrite else self.latest_state()
         if state is not None:
             _check_same_config(self.path / "config.yaml", resolved_config)
         elif self.path.exists():
@@ -85,6 +75,22 @@ class StageFolder:
                 f"cannot write to {self.path} ({error.strerror}); set runs= to another folder"
             ) from error
         return state
+
+    def check_free(self, *, overwrite: bool, resume: bool) -> None:
+        """Raise ValueError where the stage is finished, or was interrupted, and nothing was said about it."""
+        if overwrite:
+            return
+        if (self.path / "stage.json").exists():
+            raise ValueError(
+                f"stage {self.stage} is finished, its result lies in {self.path}; "
+                "overwrite=true runs it again, name=... starts another run"
+            )
+        state = self.latest_state()
+        if state is not None and not resume:
+            raise ValueError(
+                f"stage {self.stage} was interrupted at {state.relative_to(self.path)} ({self.path}); "
+                "resume=true goes on from there, overwrite=true starts again"
+            )
 
     def latest_state(self) -> Path | None:
         """The newest complete state: step_N, checkpoint-N of the Trainer, or finished responses."""
@@ -152,7 +158,10 @@ def find_parent(key: str, path: str, *, kind: str, force: bool, optional: bool =
                 f"run stage={folder.parent.name} resume=true"
             )
         return Parent(key, path, hash_weights(folder) if folder.is_dir() else hash_file(folder))
-    record = json.loads(record_file.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(record_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{key}: {record_file} is damaged ({error}); run its stage again") from error
     if record["kind"] != kind:
         raise ValueError(
             f"{key}={path} was written by stage {record['stage']}: a {record['kind'].replace('_', ' ')}; "
@@ -162,7 +171,13 @@ def find_parent(key: str, path: str, *, kind: str, force: bool, optional: bool =
     if failed and not force:
         reasons = "; ".join(f"{check['name']}: {check['value']} ({check['meaning']})" for check in failed)
         raise ValueError(f"{key}={path} failed its own checks: {reasons}. Mend it, or go on with force=true")
-    return Parent(key, path, record["model_sha256"] if folder.is_dir() else hash_file(folder))
+    found = hash_weights(folder) if folder.is_dir() else hash_file(folder)
+    if folder.is_dir() and found != record["model_sha256"] and not force:
+        raise ValueError(
+            f"{key}={path}: its weights are not those that stage {record['stage']} wrote (SHA-256 differs "
+            f"from {record_file}); run that stage again, or go on with force=true"
+        )
+    return Parent(key, path, found)
 
 
 def _missing(key: str, path: Path) -> str:
@@ -178,7 +193,16 @@ def _missing(key: str, path: Path) -> str:
 
 def _check_model_folder(key: str, folder: Path) -> None:
     """Refuse a folder without a model: a stage's folder itself, a bare adapter, or one that lost files."""
-    if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if (folder / "config.json").exists() and weights:
+        for file in weights:
+            try:
+                with safe_open(str(file), framework="numpy"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{key}={folder}: {file.name} is cut short or damaged ({error}); write or fetch it again"
+                ) from error
         return
     if (folder / "model" / "config.json").exists():
         raise FileNotFoundError(f"{key}={folder} is a stage's folder; name {folder / 'model'}")

@@ -56,7 +56,7 @@ def _message(turn: Any, key: str) -> dict[str, str]:
     if not isinstance(turn, dict):
         raise RowError(key, f"a turn is an object with role and content, not {shorten(turn)}")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RowError(key, f"unknown role {shorten(role)}; roles are {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise RowError(key, f"content is {shorten(content)}; a string is expected")

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ class PPORun:
         self.kl = AdaptiveKL(kl.coef, kl.target, kl.horizon) if adaptive else FixedKL(kl.coef)
         self.decoding = Decoding(config.data.max_response_tokens, temperature=config.temperature)
         self.missing_eos = MissingEos(config.missing_eos_score, config.missing_eos_penalty)
+        self.start_checks: list[Check] = []
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
 
@@ -189,6 +191,7 @@ class PPORun:
                 "one score for every response leaves nothing to learn",
             ),
         ]
+        self.start_checks = checks
         print_checks(checks)
         if not all_passed(checks) and not self.config.force:
             raise ValueError(
@@ -200,6 +203,7 @@ class PPORun:
         ratio = abs(self.last["first_ratio"] - 1)
         tolerance = 1e-5 if self.engine.dtype == torch.float32 else 0.02
         return [
+            *self.start_checks,
             Check(
                 "first minibatch has ratio 1",
                 ratio < tolerance,
@@ -231,7 +235,13 @@ class PPORun:
 
     def save(self, step: int) -> None:
         """Write the state after `step`."""
-        values = {"step": step, "kl": self.kl.state_dict(), "first": self.first, "last": self.last}
+        values = {
+            "step": step,
+            "kl": self.kl.state_dict(),
+            "start_checks": [asdict(check) for check in self.start_checks],
+            "first": self.first,
+            "last": self.last,
+        }
         with self.folder.new_state(step, keep_last=self.config.keep_last) as folder:
             save_training_state(folder, self.models, self.learner.optimizer, values)
 
@@ -239,6 +249,7 @@ class PPORun:
         """Continue from a state; returns the number of updates it holds."""
         values = load_training_state(state, self.models, self.learner.optimizer)
         self.kl.load_state_dict(values["kl"])
+        self.start_checks = [Check(**check) for check in values["start_checks"]]
         self.first, self.last = values["first"], values["last"]
         print(f"resuming after update {values['step']}", flush=True)
         return int(values["step"])

@@ -89,7 +89,10 @@ def _hub_rows(name: str, split: str | None, subset: str | None, revision: str | 
     import datasets
 
     if split is None:
-        raise ValueError(f"{name}: which split? Give split, for instance {{path: {name}, split: train}}")
+        raise ValueError(
+            f"{name}: no local file or folder of that name{nearest_existing(Path(name))}; "
+            f"a hub data set needs a split, for instance {{path: {name}, split: train}}"
+        )
     try:
         options = _subset_option(name, subset, revision)
         data = datasets.load_dataset(name, split=split, revision=revision, **options)

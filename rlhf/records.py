@@ -177,12 +177,18 @@ def _records(source: Source, kind: str) -> Iterator[tuple[str, Record | RowError
             yield place, row
             continue
         try:
-            for each in normalise(_renamed(row, source.columns)):
-                record = KINDS[kind](each)
-                if _in_part(record, source.part):
-                    yield place, record
+            found = normalise(_renamed(row, source.columns))
         except RowError as error:
             yield place, error
+            continue
+        for each in found:
+            try:
+                record = KINDS[kind](each)
+            except RowError as error:
+                yield place, error
+                continue
+            if _in_part(record, source.part):
+                yield place, record
 
 
 def _nothing_read(source: Source, kind: str, skipped: list[str]) -> str:
@@ -229,6 +235,13 @@ def _mapped_source(values: dict[str, Any], key: str) -> Source:
             )
     if not isinstance(values.get("path"), str):
         raise ValueError(f"{key}.path={values.get('path')!r}: a file, folder or hub data set is expected")
+    limit, columns = values.get("limit"), values.get("columns")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ValueError(f"{key}.limit={limit!r}: a whole number of at least 1 is expected")
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ValueError(
+            f"{key}.columns={columns!r}: a mapping is expected, for instance {{prompt: question}}"
+        )
     part = values.get("part") or (0.0, 1.0)
     if not isinstance(part, Sequence) or len(part) != 2 or not all(is_number(bound) for bound in part):
         raise ValueError(f"{key}.part={part!r}: two numbers are expected, for instance [0, 0.8]")

@@ -7,6 +7,7 @@ tokens where its tokenizer is the policy's, and text otherwise.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,11 +40,21 @@ class RewardModelScorer:
         self.model, self.codec, self.engine, self.name, self.base_only = model, codec, engine, name, base_only
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """Scores of texts; the response is encoded as in the reward model's training, EOS appended."""
-        rows = [
-            self.codec.encode_prompt(prompt) + self.codec.encode_response(response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        """Scores of texts; the response is encoded as in the reward model's training, EOS appended.
+
+        Another tokenizer may need more tokens for a text: a prompt loses its start where the context is full.
+        """
+        context = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
+        rows = []
+        for prompt, text in zip(prompts, responses, strict=True):
+            response = self.codec.encode_response(text)
+            if len(response) >= context:
+                raise ValueError(
+                    f"{self.name}: a response has {len(response)} of this reward model's tokens, its context "
+                    f"{context}; lower data.max_response_tokens"
+                )
+            tokens = self.codec.encode_prompt(prompt)
+            rows.append(self.codec.cut_start(tokens, context - len(response)) + response)
         return self.score_tokens(rows)
 
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -65,10 +76,10 @@ def build_scorer(spec: dict[str, Any], config: Any, engine: Engine) -> Any:
                 f"data={config.data.name} has no labelled texts to train a classifier on; "
                 "set data.labelled, or rank with a function or a reward model"
             )
-        records = read_records(
-            make_sources(spec["train"]), "labelled", on_bad_row=config.data.on_bad_row
-        ).records
-        return ClassifierScorer(records, kind=spec.get("classifier") or "tfidf_logistic")
+        result = read_records(make_sources(spec["train"]), "labelled", on_bad_row=config.data.on_bad_row)
+        if result.skipped:
+            print(f"labelled texts: {len(result.skipped)} bad rows skipped, the first: {result.skipped[0]}")
+        return ClassifierScorer(result.records, kind=spec.get("classifier") or "tfidf_logistic")
     if kind == "function":
         return FunctionScorer(spec["function"])
     return WeightedSum([(part["weight"], build_scorer(part, config, engine)) for part in spec["parts"]])

@@ -70,7 +70,7 @@ def tokenize(records: Sequence[RankedList], codec: TextCodec, max_length: int) -
                 continue
             room = max_length - len(response)
             cut |= len(prompt) > room
-            tokens.append(prompt[-room:] + response)
+            tokens.append(codec.cut_start(prompt, room) + response)
             fitting.append(index)
         num_cut += cut
         ranks = [record.ranks[i] for i in fitting]
@@ -178,8 +178,6 @@ class RewardTraining:
         self.model = new_reward_model(config.base, options)
         if lora:
             self.model = add_lora(self.model, config.adapter, task="SEQ_CLS")
-        if config.margin and any(row.grades is None for row in rows):
-            raise ValueError("margin=true needs scores in every ranked record; set margin=false")
         self.log = MetricLog(folder.path, config.tracker, run_name=f"{config.name}-rm")
         self.trainer = RankingTrainer(
             model=self.model,
@@ -197,6 +195,12 @@ class RewardTraining:
         """Train, from `state` on where given."""
         self.trainer.train(resume_from_checkpoint=str(state) if state else None)
         self.model.eval()
+
+
+def check_margins(config: Any, rows: Sequence[RankedRow]) -> None:
+    """Refuse margin=true where a ranked list has no scores."""
+    if config.margin and any(row.grades is None for row in rows):
+        raise ValueError("margin=true needs scores in every ranked record; set margin=false")
 
 
 def check_calibration_policy(config: Any) -> None:

@@ -31,6 +31,14 @@ class RowError(ValueError):
         super().__init__(f"{key}: {problem}" if key else problem)
 
 
+class DamagedFile(Exception):
+    """A fault after which the rest of a file has no certain meaning, so that no row can be passed over."""
+
+    def __init__(self, line: int, problem: str):
+        super().__init__(line, problem)
+        self.line, self.problem = line, problem
+
+
 Place = tuple[str, "Row | RowError"]
 
 
@@ -55,6 +63,10 @@ def file_rows(path: Path) -> Iterator[Place]:
             for line, row in reader(file):
                 found = True
                 yield f"{path}:{line}", row
+    except DamagedFile as error:
+        raise ValueError(
+            f"{path}:{error.line}: {error.problem}; mend it: what follows in the file cannot be read"
+        ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(
             f"{path}: the gzip data are cut short or damaged ({error}); fetch the file again"
@@ -77,48 +89,38 @@ def _jsonl_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
 def _json_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
     """Read a list of objects, each at the line where it begins; one object per line is fine too."""
     raw = file.read()
-    try:
-        text = _decode(raw, first=True)
-    except RowError as error:
-        yield _line_of_bad_bytes(raw), error
-        return
+    text = _decode_file(raw)
     if not text.lstrip().startswith("["):
         yield from _jsonl_rows(io.BytesIO(raw))
         return
     decoder = json.JSONDecoder()
-    position, line, seen = text.index("[") + 1, 1, 0
-    while True:
-        position = _skip(text, position)
-        if text[position : position + 1] in ("]", ""):
-            break
+    position, line, seen = _skip(text, text.index("[") + 1), 1, 0
+    while text[position : position + 1] != "]":
         line += text.count("\n", seen, position)
         seen = position
         try:
             value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            yield error.lineno, RowError("", f"not valid JSON ({error.msg}, column {error.colno})")
-            return
-        except RecursionError:
-            yield line, RowError("", "not valid JSON (nested too deep)")
-            return
+        except (ValueError, RecursionError) as error:
+            raise DamagedFile(getattr(error, "lineno", line), _json_fault(error)) from error
         yield line, value if isinstance(value, dict) else _not_an_object(value)
-    if position >= len(text):
-        yield text.count("\n") + 1, RowError("", "not valid JSON (the list has no end)")
+        position = _skip(text, position)
+        if text[position : position + 1] == ",":
+            position = _skip(text, position + 1)
+        elif text[position : position + 1] != "]":
+            fault = "a comma or the list's end is missing" if position < len(text) else "the list has no end"
+            raise DamagedFile(text.count("\n", 0, position) + 1, f"not valid JSON ({fault})")
+    if text[position + 1 :].strip():
+        raise DamagedFile(text.count("\n", 0, position) + 1, "not valid JSON (there is more behind the list)")
 
 
 def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n,":
+    while position < len(text) and text[position] in " \t\r\n":
         position += 1
     return position
 
 
 def _csv_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
-    raw = file.read()
-    try:
-        text = _decode(raw, first=True)
-    except RowError as error:
-        yield _line_of_bad_bytes(raw), error
-        return
+    text = _decode_file(file.read())
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
@@ -128,10 +130,13 @@ def _csv_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
             line, begins = begins, reader.line_num + 1
             if header is None:
                 header = cells
+                twice = sorted({name for name in header if header.count(name) > 1})
+                if twice:
+                    raise DamagedFile(line, f"the header names {', '.join(twice)} twice")
             elif cells:
                 yield line, _csv_row(header, cells)
     except csv.Error as error:
-        yield reader.line_num, RowError("", f"not valid CSV ({error})")
+        raise DamagedFile(reader.line_num, f"not valid CSV ({error})") from error
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Row | RowError:
@@ -144,7 +149,7 @@ def _csv_row(header: list[str], cells: list[str]) -> Row | RowError:
         if row.get(key):
             try:
                 row[key] = json.loads(row[key])
-            except json.JSONDecodeError:
+            except ValueError:
                 return RowError(key, f"{shorten(row[key])} is not a JSON list; write for instance [1, 2]")
         elif key in row:
             del row[key]
@@ -201,6 +206,13 @@ def _decode(raw: bytes, *, first: bool) -> str:
         ) from None
 
 
+def _decode_file(raw: bytes) -> str:
+    try:
+        return _decode(raw, first=True)
+    except RowError as error:
+        raise DamagedFile(_line_of_bad_bytes(raw), str(error)) from error
+
+
 def _line_of_bad_bytes(raw: bytes) -> int:
     return next(number for number, line in enumerate(raw.split(b"\n"), start=1) if not _is_utf8(line))
 
@@ -216,13 +228,15 @@ def _is_utf8(raw: bytes) -> bool:
 def _parse(line: str) -> Row | RowError:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        return RowError(
-            "", f"not valid JSON ({error.msg}, column {error.colno}); one object per line is expected"
-        )
-    except RecursionError:
-        return RowError("", "not valid JSON (nested too deep); one object per line is expected")
+    except (ValueError, RecursionError) as error:
+        return RowError("", f"{_json_fault(error)}; one object per line is expected")
     return value if isinstance(value, dict) else _not_an_object(value)
+
+
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg}, column {error.colno})"
+    return f"not valid JSON ({'nested too deep' if isinstance(error, RecursionError) else error})"
 
 
 def _not_an_object(value: Any) -> RowError:

@@ -176,7 +176,12 @@ def _per_response(row: Row, key: str, check: Callable[[Any, str], T], count: int
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _score(value: Any, name: str) -> float:

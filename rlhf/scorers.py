@@ -135,7 +135,7 @@ class FunctionScorer:
             return []
         try:
             result = self._function(prompts=list(prompts), responses=list(responses))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"function={self.name} failed with {type(error).__name__}: {error}") from error
         return check_scores(self.name, result, responses)
 

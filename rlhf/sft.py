@@ -51,23 +51,24 @@ def tokenize(records: Sequence[Demonstration], codec: TextCodec, max_length: int
     for record in records:
         cut_before = codec.num_cut_prompts
         whole = codec.encode_conversation(record.prompt, record.response)
-        fitted, cut_prompt, cut_response = fit(whole, max_length)
+        fitted, cut_prompt, cut_response = fit(whole, max_length, num_kept=codec.num_bos)
         num_cut_prompts += cut_prompt or codec.num_cut_prompts > cut_before
         num_cut_responses += cut_response
         rows.append({"input_ids": fitted.tokens, "completion_mask": [int(m) for m in fitted.loss_mask]})
     return TokenizedDemonstrations(Dataset.from_list(rows), num_cut_prompts, num_cut_responses)
 
 
-def fit(encoded: Encoded, max_length: int) -> tuple[Encoded, bool, bool]:
+def fit(encoded: Encoded, max_length: int, *, num_kept: int = 0) -> tuple[Encoded, bool, bool]:
     """Shorten a conversation to `max_length` tokens: first its start, and only then the end of its last
-    response.
+    response. The first `num_kept` tokens (BOS) stay.
     """
     overflow = max(0, len(encoded.tokens) - max_length)
     last_response = len(encoded.loss_mask)
     while last_response and encoded.loss_mask[last_response - 1]:
         last_response -= 1
     start = min(overflow, max(0, last_response - 1))
-    tokens, mask = encoded.tokens[start:], encoded.loss_mask[start:]
+    tokens = encoded.tokens[:num_kept] + encoded.tokens[num_kept + start :]
+    mask = encoded.loss_mask[:num_kept] + encoded.loss_mask[num_kept + start :]
     return Encoded(tokens[:max_length], mask[:max_length]), start > 0, len(tokens) > max_length
 
 

@@ -69,13 +69,16 @@ class TextCodec:
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt, its start cut off where it is longer than `max_prompt_tokens`."""
-        tokens = _joined(self._context(prompt)).tokens
-        self.num_prompts += 1
-        if self.max_prompt_tokens and len(tokens) > self.max_prompt_tokens:
-            self.num_cut_prompts += 1
-            kept_bos = self._bos if tokens[: len(self._bos)] == self._bos else []
-            tokens = kept_bos + tokens[len(tokens) - self.max_prompt_tokens + len(kept_bos) :]
-        return tokens
+        return self._encode_context(prompt).tokens
+
+    def cut_start(self, tokens: list[int], limit: int) -> list[int]:
+        """The last tokens of a prompt, at most `limit`, with BOS before them where the prompt had it."""
+        return [tokens[i] for i in self._kept(tokens, limit)]
+
+    @property
+    def num_bos(self) -> int:
+        """1 where texts begin with BOS, else 0."""
+        return len(self._bos)
 
     def share_of_cut_prompts(self) -> float:
         """Share of the prompts encoded so far whose start was cut."""
@@ -102,12 +105,27 @@ class TextCodec:
 
     def encode_conversation(self, prompt: Prompt, response: str) -> Encoded:
         """Tokens of a demonstration with every assistant turn, the earlier ones included, in the loss."""
-        if isinstance(prompt, str) and not self.uses_chat:
-            return _joined([(self.encode_prompt(prompt), False), (self.encode_response(response), True)])
-        messages = [*_messages(prompt), {"role": "assistant", "content": response}]
-        text = self._as_rendered(messages, self.prompt_text(prompt))
+        context = self._encode_context(prompt)
+        if self.uses_chat:
+            messages = [*_messages(prompt), {"role": "assistant", "content": response}]
+            response = self._as_rendered(messages, self.prompt_text(prompt))
+        tokens = self.encode_response(response)
+        return Encoded(context.tokens + tokens, context.loss_mask + [True] * len(tokens))
+
+    def _encode_context(self, prompt: Prompt) -> Encoded:
+        whole = _joined(self._context(prompt))
         self.num_prompts += 1
-        return _joined([*self._context(prompt), (self.encode_response(text), True)])
+        if not self.max_prompt_tokens or len(whole.tokens) <= self.max_prompt_tokens:
+            return whole
+        self.num_cut_prompts += 1
+        kept = self._kept(whole.tokens, self.max_prompt_tokens)
+        return Encoded([whole.tokens[i] for i in kept], [whole.loss_mask[i] for i in kept])
+
+    def _kept(self, tokens: list[int], limit: int) -> list[int]:
+        """Places of the tokens that stay when a prompt is cut to `limit` tokens."""
+        num_bos = len(self._bos) if tokens[: len(self._bos)] == self._bos else 0
+        first = max(num_bos, len(tokens) - limit + num_bos)
+        return [*range(num_bos), *range(first, len(tokens))]
 
     def _context(self, prompt: Prompt) -> list[tuple[list[int], bool]]:
         """Pieces of tokens up to where the response begins; true on earlier assistant turns, which are

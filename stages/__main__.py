@@ -23,6 +23,9 @@ def main(words: list[str]) -> int:
     try:
         stage, overrides = read_words(words)
         return run(stage, overrides)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = None
+        return 0
     except (ValueError, OSError) as error:  # OSError: missing files, a full disk, a hub name not found
         if os.environ.get("RLHF_TRACEBACK") == "1":
             raise
@@ -56,6 +59,7 @@ def read_words(words: list[str]) -> tuple[str, list[str]]:
 
 def run(stage: str, overrides: list[str]) -> int:
     """Resolve every setting, then show it or run the stage."""
+    from rlhf.checkpoint import StageFolder
     from rlhf.config import load_config
     from stages import all as all_stages
     from stages.show import show
@@ -71,6 +75,7 @@ def run(stage: str, overrides: list[str]) -> int:
     if config.show:
         show(stage, config)
         return 0
+    StageFolder(config.runs, config.name, stage).check_free(overwrite=config.overwrite, resume=config.resume)
     quiet_libraries()
     importlib.import_module(f"stages.{stage}").main(overrides)
     return 0

@@ -26,7 +26,6 @@ def main(overrides: list[str]) -> None:
         find_parent(key, path, kind="reward_model", force=config.force)
         for key, path in model_paths("labeller", config.labeller)
     ]
-    stage.begin()
     seed_everything(config.seed)
     engine = build_engine(config.engine, num_parameters(config.policy))
     codec = load_codec(config.policy, config.data)
@@ -35,6 +34,7 @@ def main(overrides: list[str]) -> None:
     )
     labeller = build_scorer(config.labeller, config, engine)
     model = load_causal_lm(config.policy, load_options(config.model, engine, trained=False))
+    stage.begin()
     (folder.path / "state").mkdir(exist_ok=True)
     lists = collect_ranked(
         Policy(model, codec, engine),

@@ -42,7 +42,10 @@ class Stage:
             raise ValueError(
                 f"{key} is not set: data={self.config.data.name} has no such records; give {key}=<file>"
             )
-        result = read_records(make_sources(source, key), kind, on_bad_row=self.config.data.on_bad_row)
+        try:
+            result = read_records(make_sources(source, key), kind, on_bad_row=self.config.data.on_bad_row)
+        except ValueError as error:
+            raise ValueError(error if key in str(error) else f"{key}: {error}") from error
         if result.skipped:
             print(
                 f"{key}: {len(result.skipped)} bad rows skipped, the first: {result.skipped[0]}", flush=True

@@ -37,7 +37,8 @@ def main(overrides: list[str]) -> None:
     systems = build_systems(config.systems, decoding_of(config.decoding, config.data.max_response_tokens))
     systems = [System(s.name, resolved(s.path), s.decoding, s.best_of) for s in systems]
     parents = [find_parent(f"systems.{s.name}", s.path, kind="policy", force=config.force) for s in systems]
-    stage.begin()
+    for system in systems:  # a name that leads nowhere is found before the first sample
+        load_codec(system.path, config.data)
     seed_everything(config.seed)
     baseline = config.baseline or ("sft" if "sft" in config.systems else systems[0].name)
     reference = resolved(config.reference or next(s.path for s in systems if s.name == baseline))
@@ -53,6 +54,7 @@ def main(overrides: list[str]) -> None:
             "gold='{kind: function, function: file.py:f}'"
         )
     check_choosers(systems, proxy)
+    stage.begin()
 
     generations = sample_all(stage, systems, prompts, engine, proxy)
     scored = score_all(config, generations, load_policy(reference, config, engine), proxy, gold)

@@ -24,13 +24,13 @@ def main(overrides: list[str]) -> None:
         parents.append(critic)
     for key, path in model_paths("reward", config.reward):
         parents.append(find_parent(key, path, kind="reward_model", force=config.force))
-    stage.begin()
     seed_everything(config.seed)
     engine = build_engine(config.engine, num_parameters(config.policy))
     codec = load_codec(config.policy, config.data)
     prompts = stage.read(config.data.prompts.ppo, "prompts", "data.prompts.ppo")
     roles = build_roles(config, engine)
     reward = build_reward(config, engine, roles)
+    stage.begin()
     run = PPORun(config, codec, roles, reward, prompts, folder)
     checks = run.train(stage.state)
 

@@ -20,7 +20,7 @@ from rlhf.evaluation.rankings import (
     tfidf_gaps,
     untied_pairs,
 )
-from rlhf.models.loading import load_codec, num_parameters
+from rlhf.models.loading import check_context, load_codec, num_parameters
 from rlhf.numerics.ranking import calibration
 from rlhf.records import RankedList, prompt_key
 from rlhf.rm import (
@@ -28,6 +28,7 @@ from rlhf.rm import (
     calibrate,
     calibration_rows,
     check_calibration_policy,
+    check_margins,
     prepare_for_saving,
     score_rows,
     tokenize,
@@ -49,24 +50,18 @@ def main(overrides: list[str]) -> None:
         key, path = "calibration_policy", config.calibration_policy
         parents.append(find_parent(key, path, kind="policy", force=config.force, optional=True))
         check_calibration_policy(config)
-    stage.begin()
     seed_everything(config.seed)
     codec = load_codec(config.base, config.data)
+    check_context("max_length", config.max_length, config.base)
     train_records, held_out_records = _read_lists(stage)
     train, held_out = (
         tokenize(records, codec, config.max_length) for records in (train_records, held_out_records)
     )
-    if not train.rows or not held_out.rows:
-        raise ValueError(
-            "ranked.train or the held-out part of it has no list with two responses that differ in rank"
-        )
-    stage.facts["cut"] = {"prompts": train.num_cut_prompts, "responses left out": train.num_long_responses}
-    print(
-        f"{len(train.rows)} ranked lists to train on, {len(held_out.rows)} held out; {stage.facts['cut']}",
-        flush=True,
-    )
+    report_lists(stage, train_records, train, held_out_records, held_out)
 
     engine = build_engine(config.engine, num_parameters(config.base))
+    check_margins(config, train.rows)
+    stage.begin()
     run = RewardTraining(config, codec, engine, train.rows, folder)
     run.train(stage.state)
     model = (
@@ -92,6 +87,27 @@ def main(overrides: list[str]) -> None:
         f"held-out accuracy {results['accuracy']['mean']:.3f}; "
         f"model in {folder.model} ({stage.cost_in_words()})"
     )
+
+
+def report_lists(stage: Stage, *parts: Any) -> None:
+    """Say what was cut from the training and the held-out part; refuse a part without a list."""
+    train_records, train, held_out_records, held_out = parts
+    stage.facts["cut"] = {}
+    for name, records, lists in (("train", train_records, train), ("held out", held_out_records, held_out)):
+        stage.facts["cut"][name] = {
+            "lists": len(records),
+            "lists without two ranks": len(records) - len(lists.rows),
+            "prompts cut": lists.num_cut_prompts,
+            "responses left out": lists.num_long_responses,
+        }
+        words = (
+            f"{name}: {len(lists.rows)} of {len(records)} ranked lists have responses that differ in rank; "
+            f"{lists.num_cut_prompts} prompts cut, {lists.num_long_responses} responses longer than "
+            f"max_length={stage.config.max_length} and left out"
+        )
+        if not lists.rows:
+            raise ValueError(f"{words}; raise max_length, or give lists with ranks that differ")
+        print(words, flush=True)
 
 
 def _read_lists(stage: Stage) -> tuple[Sequence[RankedList], Sequence[RankedList]]:

@@ -7,7 +7,7 @@ import json
 from rlhf.checkpoint import find_parent, write_text
 from rlhf.checks import print_checks
 from rlhf.engine import build_engine, seed_everything
-from rlhf.models.loading import load_codec, num_parameters
+from rlhf.models.loading import check_context, load_codec, num_parameters
 from rlhf.sft import SFT, sft_checks, tokenize
 from rlhf.training import full_precision, model_card, write_model
 from stages.common import Stage, resolved
@@ -21,9 +21,9 @@ def main(overrides: list[str]) -> None:
     config, folder = stage.config, stage.folder
     config.policy = resolved(config.policy)
     parent = find_parent("policy", config.policy, kind="policy", force=config.force)
-    stage.begin()
     seed_everything(config.seed)
     codec = load_codec(config.policy, config.data)
+    check_context("max_length", config.max_length, config.policy)
     train = stage.read(
         config.data.demonstrations.train, "demonstrations", "data.demonstrations.train", limit=config.examples
     )
@@ -46,6 +46,7 @@ def main(overrides: list[str]) -> None:
     )
 
     engine = build_engine(config.engine, num_parameters(config.policy))
+    stage.begin()
     run = SFT(config, codec, engine, {"train": rows.rows, "eval": eval_rows.rows}, folder)
     base_loss, loss = run.train(stage.state)
     samples = run.samples(held_out[:NUM_EOS_SAMPLES], config.data.max_response_tokens)

@@ -16,6 +16,8 @@ from rlhf.checkpoint import (
 )
 from rlhf.checks import Check
 
+# A safetensors file without tensors: the header's length, and the header.
+EMPTY_WEIGHTS = (2).to_bytes(8, "little") + b"{}"
 GOOD = Check("held-out loss", True, "1.0", "fine")
 
 
@@ -122,14 +124,14 @@ def test_stage_json_states_kind_parents_and_hashes(tmp_path: Path) -> None:
     folder.prepare("seed: 1\n", overwrite=False, resume=False)
 
     def save(path: Path) -> None:
-        (path / "model.safetensors").write_bytes(b"weights")
+        (path / "model.safetensors").write_bytes(EMPTY_WEIGHTS)
         (path / "config.json").write_text("{}")
 
     save_model_folder(folder.model, save, "a card")
     folder.finish("policy", parents=[], checks=[GOOD], results={"loss": 1.0})
     parent = find_parent("policy", str(folder.model), kind="policy", force=False)
-    # sha256 of b"weights", by the sha256sum of coreutils
-    assert parent.sha256 == "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
+    # by the sha256sum of coreutils
+    assert parent.sha256 == "411a485216e432ece6b9af94fa32154cf79a2a56d4f81266baa50063f45092bd"
     assert parent.sha256 == hash_weights(folder.model) == hash_file(folder.model / "model.safetensors")
     child = folder_of(tmp_path)
     child.prepare("seed: 1\n", overwrite=False, resume=False)
@@ -137,6 +139,39 @@ def test_stage_json_states_kind_parents_and_hashes(tmp_path: Path) -> None:
     record = json.loads((child.path / "stage.json").read_text())
     assert record["parents"] == [{"key": "policy", "path": str(folder.model), "sha256": parent.sha256}]
     assert (folder.model / "README.md").read_text() == "a card"
+
+
+def finished_policy(tmp_path: Path) -> StageFolder:
+    folder = folder_of(tmp_path, "sft")
+    folder.prepare("seed: 1\n", overwrite=False, resume=False)
+    folder.model.mkdir()
+    (folder.model / "model.safetensors").write_bytes(EMPTY_WEIGHTS)
+    (folder.model / "config.json").write_text("{}")
+    folder.finish("policy", parents=[], checks=[GOOD])
+    return folder
+
+
+def test_weights_that_the_stage_did_not_write_are_refused(tmp_path: Path) -> None:
+    folder = finished_policy(tmp_path)
+    (folder.model / "model.safetensors").write_bytes((3).to_bytes(8, "little") + b"{ }")
+    with pytest.raises(ValueError, match=r"not those that stage sft wrote .* force=true"):
+        find_parent("policy", str(folder.model), kind="policy", force=False)
+    parent = find_parent("policy", str(folder.model), kind="policy", force=True)
+    assert parent.sha256 == hash_weights(folder.model)
+
+
+def test_weights_that_were_cut_short_are_refused(tmp_path: Path) -> None:
+    folder = finished_policy(tmp_path)
+    (folder.model / "model.safetensors").write_bytes(EMPTY_WEIGHTS[:9])
+    with pytest.raises(ValueError, match=r"policy=.*: model\.safetensors is cut short or damaged"):
+        find_parent("policy", str(folder.model), kind="policy", force=True)
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    folder = finished_policy(tmp_path)
+    (folder.path / "stage.json").write_text('{"stage"')
+    with pytest.raises(ValueError, match=r"policy: .*stage\.json is damaged .* run its stage again"):
+        find_parent("policy", str(folder.model), kind="policy", force=False)
 
 
 def test_other_weights_have_another_hash(tmp_path: Path) -> None:

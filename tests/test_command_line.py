@@ -173,7 +173,7 @@ def test_launch_works_through_a_link(project: Path, tmp_path: Path) -> None:
     link.symlink_to(project / "launch.sh")
     result = call(str(link), "stage=sft", "show=true", folder=tmp_path, VIRTUAL_ENV=sys.prefix, PYTHONPATH="")
     assert result.returncode == 0, result.stderr
-    assert f"runs: {project}/runs" in result.stdout
+    assert f"{project}/runs/smollm2-film_reviews/sft" in result.stdout
 
 
 def test_launch_names_an_active_environment_without_python(project: Path, tmp_path: Path) -> None:

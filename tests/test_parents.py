@@ -134,3 +134,55 @@ def test_no_scorer_at_all_is_refused(run: Path) -> None:
     assert "neither proxy nor gold can score" in refusal(
         "evaluate", run, "proxy=null", "gold=null", "force=true", f"systems={{mine: '{run}/sft/model'}}"
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("sft", ("data.demonstrations.train=nowhere.jsonl",)),
+        ("collect", ("data.prompts.collect=nowhere.jsonl",)),
+        ("collect", ("labeller.kind=function", "labeller.function=nowhere.py:f")),
+        ("rm", ("ranked.train=nowhere.jsonl",)),
+        ("rm", ("max_length=4000",)),
+    ],
+)
+def test_overwriting_with_a_wrong_input_loses_nothing(run: Path, stage: str, words: tuple[str, ...]) -> None:
+    before = {path: path.read_bytes() for path in (run / stage).rglob("*") if path.is_file()}
+    found = refusal(stage, run, "overwrite=true", *words)
+    key, _, value = words[-1].partition("=")
+    assert key.split(".")[-1] in found and value.partition(":")[0] in found
+    assert {path: path.read_bytes() for path in (run / stage).rglob("*") if path.is_file()} == before
+
+
+def test_a_model_without_its_tokenizer_is_named(run: Path, shared: Path, tmp_path: Path) -> None:
+    without, foreign = tmp_path / "without", tmp_path / "foreign"
+    for folder in (without, foreign):
+        shutil.copytree(run / "sft" / "model", folder)
+        for file in folder.glob("token*"):
+            file.unlink()
+    for file in (shared / "data" / "models" / "stories260K").glob("token*"):
+        shutil.copy(file, foreign)
+    assert f"{without} has no tokenizer" in refusal(
+        "ppo", run, f"policy={without}", "critic=null", "force=true"
+    )
+    found = refusal("ppo", run, f"policy={foreign}", "critic=null", "force=true")
+    assert f"{foreign}: its tokenizer has token ids up to 511" in found and "do not belong together" in found
+
+
+def test_a_name_that_leads_nowhere_is_found_before_the_first_sample(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run_stage(
+        "evaluate",
+        f"runs={run.parent}",
+        *SMALL["evaluate"],
+        f"systems={{mine: '{run}/sft/model', theirs: nobody/nothing}}",
+    )
+    assert "nobody/nothing: no model folder of that name is here" in result.error
+    assert "response" not in result.output and not (run / "evaluate").exists()
+
+
+def test_lengths_beyond_the_models_context_are_refused(run: Path) -> None:
+    found = refusal("collect", run, "overwrite=true", "data.max_response_tokens=4000")
+    assert "data.max_prompt_tokens + data.max_response_tokens=" in found and "has a context of" in found

@@ -284,3 +284,32 @@ def test_make_sources_takes_what_a_configuration_holds():
 def test_make_sources_refuses(value, message):
     with pytest.raises(ValueError, match=message):
         make_sources(value, "data.x")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"prompt": "a", "responses": ["x", "y"], "scores": [1, 1' + "0" * 400 + "]}", "scores[1]"),
+        ('{"prompt": [{"role": ["user"], "content": "x"}], "response": "b"}', "unknown role"),
+    ],
+)
+def test_values_that_python_cannot_hash_or_widen_are_bad_rows(tmp_path, row, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_text(row + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: ") as error:
+        read_records(make_sources(str(path)), "prompts" if "role" in row else "ranked")
+    assert reason in str(error.value)
+
+
+def test_good_instances_behind_a_bad_one_are_kept(tmp_path):
+    instances = [{"input": "", "output": output} for output in ("one", "", "three")]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"instruction": "count", "instances": instances}) + "\n")
+    result = read_records(make_sources(str(path)), "demonstrations", on_bad_row="skip")
+    assert [record.response for record in result.records] == ["one", "three"] and len(result.skipped) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"limit": "5"}, {"limit": 1.5}, {"limit": 0}, {"columns": "prompt"}])
+def test_a_sources_settings_are_checked(wrong):
+    with pytest.raises(ValueError, match=r"data\.x\.(limit|columns)=.* is expected"):
+        make_sources({"path": "a.jsonl", **wrong}, "data.x")

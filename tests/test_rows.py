@@ -8,6 +8,7 @@ import types
 import pytest
 
 from rlhf.records import Demonstration, Source, read_records
+from rlhf.rows import RowError, file_rows
 
 GOOD = b'{"prompt": "p", "response": "r"}'
 P_R = [Demonstration("p", "r")]
@@ -263,9 +264,40 @@ def test_a_subset_that_is_no_configuration_is_a_folder(hub):
 
 
 def test_hub_errors_are_clear(hub):
-    assert refused("owner/pairs").startswith("owner/pairs: which split?")
+    message = refused("owner/pairs")
+    assert (
+        message.startswith("owner/pairs: no local file or folder of that name") and "split: train" in message
+    )
     message = refused("owner/pears", split="train")
     assert message.startswith(
         "owner/pears: no local file or folder, and as hub data set (split=train, subset=None)"
     )
     assert "FileNotFoundError: Dataset 'owner/pears' doesn't exist" in message and "more lines" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line", "problem"),
+    [
+        ("a.csv", 'prompt,response\na,b\nc,"d"x\ne,f\n', 3, "not valid CSV"),
+        ("a.csv", "prompt,response,response\na,b,c\n", 1, "the header names response twice"),
+        ("a.json", '[{"a": 1},\n{"a": ,\n{"a": 3}]', 2, "not valid JSON"),
+        ("a.json", '[{"a": 1}]\n[{"a": 2}]', 1, "there is more behind the list"),
+        ("a.json", '[{"a": 1}\n{"a": 2}]', 2, "a comma or the list's end is missing"),
+        ("a.json", '[{"a": 1},\n{"a": 2}\n', 3, "the list has no end"),
+        ("a.json", '[{"a": 1},\n{"a": ' + "1" * 5000 + "}]", 2, "not valid JSON (Exceeds the limit"),
+    ],
+)
+def test_a_file_whose_rest_has_no_certain_meaning_is_refused_whole(tmp_path, name, text, line, problem):
+    """No row can be passed over there: the rows behind the fault would be lost uncounted."""
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ValueError, match="what follows in the file cannot be read") as error:
+        list(file_rows(path))
+    assert str(error.value).startswith(f"{path}:{line}: {problem}")
+
+
+def test_a_number_too_long_to_read_is_a_bad_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": ' + "1" * 5000 + '}\n{"a": 2}\n')
+    (first, bad), second = file_rows(path)
+    assert first == f"{path}:1" and isinstance(bad, RowError) and second == (f"{path}:2", {"a": 2})

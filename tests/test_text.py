@@ -350,3 +350,14 @@ def test_equal_vocabularies_have_equal_fingerprints(tmp_path: Path, tiny_tokeniz
     again = TextCodec(AutoTokenizer.from_pretrained(tmp_path))
     assert again.fingerprint() == TextCodec(tiny_tokenizer, style="plain").fingerprint()
     assert again.fingerprint() != TextCodec(chatml_tokenizer()).fingerprint()
+
+
+@pytest.mark.parametrize("limit", [4, 9, 20])
+def test_sft_sees_the_prompt_that_the_policy_is_asked_with_later(codec: TextCodec, limit: int) -> None:
+    """Cut at its start, chat or plain, BOS kept: rollouts and demonstrations have the same context."""
+    codec.max_prompt_tokens = limit
+    tokens = codec.encode_prompt(DIALOGUE)
+    encoded = codec.encode_conversation(DIALOGUE, "yes")
+    assert encoded.tokens == tokens + codec.encode_response("yes") and len(tokens) == limit
+    assert codec.num_cut_prompts == 2 and tokens[: codec.num_bos] == codec._bos
+    assert codec.cut_start(codec.cut_start(tokens, 3), 2)[: codec.num_bos] == codec._bos

@@ -54,7 +54,11 @@ def pair_accuracy(gaps: Floats, prompts: NDArray[np.int64], *, seed: int = 0) ->
     totals = counts[draws].sum(axis=1)
     rates = sums[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
     low, high = np.quantile(rates, [0.025, 0.975])
-    return Estimate(float(correct.mean()), float(low), float(high))
+    mean = float(correct.mean())
+    # All alike, resampling shows no spread: the rule of three (Hanley and Lippman-Hand 1983) bounds it.
+    three = min(1.0, 3 / len(set(prompts.tolist())))
+    low, high = (1 - three, 1.0) if mean == 1 else (0.0, three) if mean == 0 else (low, high)
+    return Estimate(mean, float(low), float(high))
 
 
 def length_gaps(pairs: Sequence[Pair]) -> Floats:

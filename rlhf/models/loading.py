@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf.engine import Engine
+from rlhf.rows import first_line
 from rlhf.text import TextCodec, prepare_tokenizer
 
 # The stages show one progress bar of their own.
@@ -79,14 +80,46 @@ def load_options(model: Any, engine: Engine, *, trained: bool, quantization: str
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint's tokenizer with a pad token apart from EOS where the vocabulary has one."""
     arguments = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: no model folder of that name is here, and from the hub it could not be loaded "
+            f"({first_line(error)}); check the name and the network"
+        ) from error
+    if not len(tokenizer):
+        raise ValueError(f"{path} has no tokenizer; copy the tokenizer files of its base into it")
     return prepare_tokenizer(tokenizer)
 
 
 def load_codec(path: str, data: Any, *, revision: str | None = None) -> TextCodec:
     """A checkpoint's tokenizer behind the text rules of the `data` group."""
     tokenizer = load_tokenizer(path, revision=revision)
+    num_embeddings = _text_config(path, revision).vocab_size
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= num_embeddings:
+        raise ValueError(
+            f"{path}: its tokenizer has token ids up to {highest}, its model only {num_embeddings} tokens: "
+            "they do not belong together"
+        )
+    check_context(
+        "data.max_prompt_tokens + data.max_response_tokens",
+        data.max_prompt_tokens + data.max_response_tokens,
+        path,
+        revision=revision,
+    )
     return TextCodec(tokenizer, style=data.format, max_prompt_tokens=data.max_prompt_tokens)
+
+
+def check_context(key: str, num_tokens: int, path: str, *, revision: str | None = None) -> None:
+    """Refuse sequences of more tokens than a model has positions."""
+    context = getattr(_text_config(path, revision), "max_position_embeddings", None)
+    if context and num_tokens > context:
+        raise ValueError(f"{key}={num_tokens}, but {path} has a context of {context} tokens: lower it")
+
+
+def _text_config(path: str, revision: str | None) -> Any:
+    return AutoConfig.from_pretrained(path, revision=revision).get_text_config()
 
 
 def load_causal_lm(path: str, options: LoadOptions, *, key: str = "policy") -> Any:

@@ -49,9 +49,20 @@ def test_reversed_gaps_give_the_complement() -> None:
 
 
 def test_lists_of_different_lengths_are_weighed_by_their_pairs() -> None:
-    """Every resample of pairs that are all right is all right, however many pairs its prompts have."""
-    found = pair_accuracy(np.ones(13), np.array([0] * 10 + [1, 2, 3]))
-    assert (found.mean, found.low, found.high) == (1.0, 1.0, 1.0)
+    """10 pairs of one prompt are right, and one each of three others wrong."""
+    found = pair_accuracy(np.array([1.0] * 10 + [-1.0] * 3), np.array([0] * 10 + [1, 2, 3]))
+    # one resample in 256 holds the long list never, another has 4 of it: the wide interval of four prompts
+    assert found.mean == pytest.approx(10 / 13) and found.low == 0.0 and found.high > 0.95
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3, 6, 30])
+def test_a_few_prompts_that_are_all_right_prove_little(num_prompts: int) -> None:
+    """Rule of three: after n successes the 95% bound of the failure rate is 3 / n."""
+    prompts = np.repeat(np.arange(num_prompts), 2)
+    right, wrong = (pair_accuracy(sign * np.ones(len(prompts)), prompts) for sign in (1, -1))
+    bound = min(1.0, 3 / num_prompts)
+    assert (right.mean, right.low, right.high) == (1.0, pytest.approx(1 - bound), 1.0)
+    assert (wrong.mean, wrong.low, wrong.high) == (0.0, 0.0, pytest.approx(bound))
 
 
 def test_pairs_of_one_prompt_are_not_independent() -> None:
