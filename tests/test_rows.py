@@ -281,9 +281,9 @@ def test_hub_errors_are_clear(hub):
         ("a.csv", 'prompt,response\na,b\nc,"d"x\ne,f\n', 3, "not valid CSV"),
         ("a.csv", "prompt,response,response\na,b,c\n", 1, "the header names response twice"),
         ("a.json", '[{"a": 1},\n{"a": ,\n{"a": 3}]', 2, "not valid JSON"),
-        ("a.json", '[{"a": 1}]\n[{"a": 2}]', 1, "there is more behind the list"),
-        ("a.json", '[{"a": 1}\n{"a": 2}]', 2, "a comma or the list's end is missing"),
-        ("a.json", '[{"a": 1},\n{"a": 2}\n', 3, "the list has no end"),
+        ("a.json", '[{"a": 1}]\n[{"a": 2}]', 1, "not valid JSON (there is more behind the list)"),
+        ("a.json", '[{"a": 1}\n{"a": 2}]', 2, "not valid JSON (a comma or the list's end is missing)"),
+        ("a.json", '[{"a": 1},\n{"a": 2}\n', 3, "not valid JSON (the list has no end)"),
         ("a.json", '[{"a": 1},\n{"a": ' + "1" * 5000 + "}]", 2, "not valid JSON (Exceeds the limit"),
     ],
 )

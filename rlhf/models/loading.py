@@ -87,7 +87,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
             f"{path}: no model folder of that name is here, and from the hub it could not be loaded "
             f"({first_line(error)}); check the name and the network"
         ) from error
-    if not len(tokenizer):
+    if not tokenizer("x", add_special_tokens=False)["input_ids"]:
         raise ValueError(f"{path} has no tokenizer; copy the tokenizer files of its base into it")
     return prepare_tokenizer(tokenizer)
 
