@@ -153,6 +153,8 @@ def _csv_row(header: list[str], cells: list[str]) -> Row | RowError:
                 return RowError(key, f"{shorten(row[key])} is not a JSON list; write for instance [1, 2]")
         elif key in row:
             del row[key]
+    if row.get("reference") == "":
+        del row["reference"]
     return row
 
 
