@@ -84,9 +84,9 @@ def resolve_model(path: str) -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise ValueError(
-                f"model {path!r}: the folder has no config.json; name the folder that holds the weights"
-            )
+            inner = folder / "model"
+            remedy = f"name {inner}" if inner.is_dir() else "name the folder that holds the weights"
+            raise ValueError(f"model {path!r}: the folder has no config.json; {remedy}")
         return str(folder.resolve())
     if folder.exists() or is_path_like(path):
         hint = (

@@ -382,6 +382,9 @@ def test_a_countable_reward_rises(folder: Path, tmp_path: Path) -> None:
     # w7 is one of 48 words: about 1/48 at the start, and 1 is the most there is.
     assert run.first["score"] < 0.05 and run.last["score"] > 0.5
     assert {check.name: check.passed for check in checks} == {
+        "policy equals reference at the start": True,
+        "responses end at their first EOS": True,
+        "rewards differ": True,
         "first minibatch has ratio 1": True,
         "score rose": True,
     }
@@ -461,6 +464,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(folder: Path, tmp_path
     resumed.train(state)
     assert weight_hash(resumed.models) == weight_hash(whole.models)
     assert resumed.last == whole.last and resumed.first == whole.first
+    assert resumed.start_checks == whole.start_checks and len(whole.checks()) == 5
     logs = [
         (tmp_path / name / "x" / "ppo" / "metrics.jsonl").read_text(encoding="utf-8")
         for name in ("whole", "cut")
