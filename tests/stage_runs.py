@@ -48,18 +48,20 @@ class Result:
         return line
 
 
-def run_stage(stage: str, *words: str) -> Result:
-    """Run a stage to its end."""
-    return run_until(lambda: False, stage, *words)
+def run_stage(stage: str, *words: str, first: Callable[[], None] | None = None) -> Result:
+    """Run a stage to its end; its process calls `first` before it begins."""
+    return run_until(lambda: False, stage, *words, first=first)
 
 
-def run_until(reached: Callable[[], bool], stage: str, *words: str) -> Result:
+def run_until(
+    reached: Callable[[], bool], stage: str, *words: str, first: Callable[[], None] | None = None
+) -> Result:
     """Run a stage and kill it (kill -9) as soon as `reached()` is true."""
     path = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_DIR), path]))
     output = Path(next(word for word in words if word.startswith("runs=")).removeprefix("runs="))
     output = output.parent / f".{stage}.{time.monotonic_ns()}.txt"
-    child = _server.Process(target=_child, args=(str(output), [f"stage={stage}", *words]))
+    child = _server.Process(target=_child, args=(str(output), [f"stage={stage}", *words], first))
     child.start()
     os.environ["PYTHONPATH"] = path
     deadline = time.monotonic() + LONGEST_RUN
@@ -129,12 +131,14 @@ def read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _child(output: str, words: list[str]) -> None:
+def _child(output: str, words: list[str], first: Callable[[], None] | None) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT, 0o600)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     from stages.__main__ import main
 
+    if first is not None:
+        first()
     status = main(words)
     sys.stdout.flush()
     sys.exit(status)

@@ -1,8 +1,14 @@
 """A run that was killed goes on where it stood, and ends bit for bit as one that was not."""
 
+import functools
+import os
+import random
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +90,68 @@ def test_adapters_resume_exactly(tmp_path: Path, adapter: str) -> None:
     resumed = run_stage("sft", *words, "resume=true")
     assert resumed.status == 0, resumed.output
     assert same_results(folder.path, tmp_path / "whole" / "tiny-toy" / "sft")
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    """Whether so many seconds have passed from now."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
+def die_writing(file: str, count: int) -> None:
+    """Let this process kill itself (kill -9) half way through the `count`-th state's `file`."""
+    import rlhf.training_state as module
+
+    save_file, written = module.save_file, []
+
+    def save_half(tensors: Any, path: Path) -> None:
+        save_file(tensors, path)
+        written.extend([path] * (path.name == file))
+        if len(written) == count:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module.save_file = save_half
+
+
+@pytest.mark.parametrize(
+    ("adapter", "file"),
+    [
+        ("none", "weights.safetensors"),
+        ("lora", "optimizer.safetensors"),
+        ("qlora", "random.safetensors"),
+    ],
+)
+def test_ppo_killed_anywhere_ends_bit_for_bit_as_uninterrupted(
+    tiny_run: Path, tmp_path: Path, adapter: str, file: str
+) -> None:
+    own = [f"adapter={adapter}", "adapter.r=4", "save_every=1"]
+    whole, words = start_of("ppo", tiny_run, tmp_path / "whole")
+    started = time.monotonic()
+    finished = run_stage("ppo", *words, *own)
+    seconds = time.monotonic() - started
+    assert finished.status == 0, finished.output
+
+    folder, words = start_of("ppo", tiny_run, tmp_path / "parts")
+    words += [*own, "resume=true"]
+    killed = run_stage("ppo", *words, first=functools.partial(die_writing, file, 3))
+    assert killed.status == -9, killed.output
+    assert [*(folder.path / "state").glob(f".step_3.*.tmp/{file}")], "nothing was left half written"
+    assert saved(folder, "step_2")()
+
+    # Then at any moment: while it loads, samples, learns, saves or writes its model.
+    draw = random.Random(adapter)
+    for _ in range(3):
+        killed = run_until(after(draw.uniform(0.1, 0.8) * seconds), "ppo", *words)
+        assert killed.status in (-9, 0), killed.output
+        if killed.status == 0:
+            break
+    if killed.status == -9:
+        resumed = run_stage("ppo", *words)
+        assert resumed.status == 0, resumed.output
+    assert same_results(folder.path, whole.path)
+    assert (folder.path / "samples.jsonl").read_bytes() == (whole.path / "samples.jsonl").read_bytes()
+    assert not (folder.path / "state").exists()
 
 
 def test_evaluation_reads_back_what_was_sampled(tiny_run: Path, tmp_path: Path) -> None:
