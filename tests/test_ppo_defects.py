@@ -262,7 +262,8 @@ def test_the_reward_model_is_trained_on_the_tokens_that_it_scores(
     prompt, texts = "w1 w5", ("w7 w9", "w3")
     trained = tokenize([RankedList(prompt, texts, (1, 2))], codec, 40).rows[0].tokens
     joint = codec.tokenizer(prompt + texts[0])["input_ids"]
-    assert joint != trained[0][:-1], "both ways give the same tokens: the test shows nothing"
+    apart = codec.encode_prompt(prompt) + codec.encode_response(texts[0], add_eos=False)
+    assert joint != apart, "both ways give the same tokens: the test shows nothing"
 
     scored: list[list[int]] = []
 
