@@ -180,6 +180,16 @@ def find_parent(key: str, path: str, *, kind: str, force: bool, optional: bool =
     return Parent(key, path, found)
 
 
+def adapter_of(model: str, *, base: str) -> Path | None:
+    """The LoRA adapter whose merge into `base` is the model folder `model`, where a stage of ours left it."""
+    record_file, adapter = Path(model).parent / "stage.json", Path(model).parent / "adapter"
+    if not (record_file.exists() and adapter.exists() and Path(base).is_dir()):
+        return None
+    parents = json.loads(record_file.read_text(encoding="utf-8"))["parents"]
+    bases = {parent["sha256"] for parent in parents if parent["key"] == "base"}
+    return adapter if hash_weights(Path(base)) in bases else None
+
+
 def _missing(key: str, path: Path) -> str:
     stage = path.parent.name
     if stage not in STAGES:

@@ -38,6 +38,10 @@ class Engine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def no_autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside `autocast`, for a backward pass: its products have the types that the forward pass gave."""
+        return torch.autocast(self.device.type, enabled=False)
+
     def micro_batches(self, lengths: Sequence[int]) -> list[torch.Tensor]:
         """Rows of `lengths` tokens, sorted by length and cut into pieces that are computed at a time.
 
@@ -77,8 +81,6 @@ def build_engine(settings: Any, num_parameters: int) -> Engine:
         dtype = torch.bfloat16 if use_bf16 else torch.float32
     else:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-    # Attention by plain products stays in bfloat16, as the fused kernels do; torch would widen it to float32.
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return Engine(device, dtype, settings.micro_batch_size)
 
 

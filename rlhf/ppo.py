@@ -56,10 +56,10 @@ def build_experience(
     models, engine = roles.actor_critic, roles.engine
     shape, device = rollout.response_mask.shape, rollout.tokens.device
     old, ref, value = (torch.zeros(shape, device=device) for _ in range(3))
-    for index in engine.micro_batches(rollout.lengths()):
-        piece = rollout.rows(index.to(device))
-        width = piece.response_mask.shape[1]
-        with engine.autocast():
+    with engine.autocast():  # around all pieces, so that trained weights are rounded once
+        for index in engine.micro_batches(rollout.lengths()):
+            piece = rollout.rows(index.to(device))
+            width = piece.response_mask.shape[1]
             old[index, :width] = models.logprobs(piece, temperature=config.temperature)
             ref[index, :width] = roles.reference.logprobs(piece, temperature=config.temperature)
             value[index, :width] = models.values(piece)
@@ -80,7 +80,9 @@ class Learner:
             {"params": models.policy_parameters(), "lr": config.learning_rate},
             {"params": models.critic_parameters(), "lr": config.critic_learning_rate},
         ]
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, eps=ADAM_EPSILON, weight_decay=0.0)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            groups, eps=ADAM_EPSILON, weight_decay=0.0, fused=True
+        )
 
     def set_learning_rates(self, step: int) -> None:
         """Linear warm-up over `warmup_updates`, then linear decay to 0 after the last update; `step` counts
@@ -117,10 +119,11 @@ class Learner:
         denominator = batch.rollout.response_mask.sum()
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, float] = {}
-        for index in self.engine.micro_batches(batch.rollout.lengths()):
-            piece = batch.rows(index.to(batch.scores.device))
-            for name, value in self.backward(piece, denominator).items():
-                totals[name] = totals.get(name, 0.0) + float(value)
+        with self.engine.autocast():  # around all pieces, so that trained weights are rounded once
+            for index in self.engine.micro_batches(batch.rollout.lengths()):
+                piece = batch.rows(index.to(batch.scores.device))
+                for name, value in self.backward(piece, denominator).items():
+                    totals[name] = totals.get(name, 0.0) + float(value)
         norms = {
             "policy_grad_norm": torch.nn.utils.clip_grad_norm_(
                 self.models.policy_parameters(), self.config.clip.grad_norm
@@ -144,20 +147,19 @@ class Learner:
         backward.
         """
         config, mask = self.config, piece.rollout.response_mask
-        with self.engine.autocast():
-            logprobs, entropies = self.models.logprobs_and_entropy(
-                piece.rollout, temperature=config.temperature
-            )
+        logprobs, entropies = self.models.logprobs_and_entropy(piece.rollout, temperature=config.temperature)
         loss, metrics = policy_loss(
             logprobs, piece.logprobs, piece.advantages, mask, clip=config.clip.policy, denominator=denominator
         )
-        loss.backward()
-        with self.engine.autocast():
+        with self.engine.no_autocast():
+            loss.backward()
+        with self.models.as_critic():
             values = self.models.values(piece.rollout)
-        critic_loss = value_loss(
-            values, piece.values, piece.returns, mask, clip=config.clip.value, denominator=denominator
-        )
-        (config.value_coef * critic_loss).backward()
+            critic_loss = value_loss(
+                values, piece.values, piece.returns, mask, clip=config.clip.value, denominator=denominator
+            )
+            with self.engine.no_autocast():
+                (config.value_coef * critic_loss).backward()
         return {
             "policy_loss": loss.detach(),
             "value_loss": critic_loss.detach(),

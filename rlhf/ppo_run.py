@@ -20,7 +20,6 @@ from rlhf.checkpoint import StageFolder
 from rlhf.checks import Check, all_passed, print_checks
 from rlhf.engine import Engine
 from rlhf.metrics import MetricLog, cut_lines_after, progress
-from rlhf.models.adapters import uses_lora
 from rlhf.models.roles import Roles
 from rlhf.numerics.kl import AdaptiveKL, FixedKL
 from rlhf.ppo import Learner, MissingEos, build_experience, experience_metrics, final_scores
@@ -35,16 +34,14 @@ NUM_SHOWN_SAMPLES = 4
 
 
 def build_reward(config: Any, engine: Engine, roles: Roles) -> Any:
-    """The reward's scorer; a LoRA critic that stands on the reward model's own trunk lends it."""
+    """The reward's scorer; a reward model whose trunk another role has too is not loaded again."""
     spec = config.reward
-    shares_trunk = uses_lora(config.adapter) and roles.critic_from_reward_model
-    if not (shares_trunk and spec["kind"] == "model" and spec["path"] == config.critic):
+    if roles.reward is None or spec["kind"] != "model" or spec["path"] != config.critic:
         return build_scorer(spec, config, engine)
     from rlhf.models.loading import load_codec
 
-    critic = roles.actor_critic.critic
     codec = load_codec(config.critic, config.data)
-    return RewardModelScorer(critic, codec, engine, name=spec["path"], base_only=critic.disable_adapter)
+    return RewardModelScorer(roles.reward, codec, engine, name=spec["path"], acting=roles.as_reward)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from rlhf.text import TextCodec
 class RewardModelScorer:
     """A trained reward model as a scorer of texts or, with the policy's tokenizer, of tokens.
 
-    `base_only` is entered around each pass; with LoRA it turns off the critic's adapter on the shared trunk.
+    `acting` is entered around each pass; on a trunk that several roles share it switches the adapters.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class RewardModelScorer:
         engine: Engine,
         *,
         name: str,
-        base_only: Any = contextlib.nullcontext,
+        acting: Any = contextlib.nullcontext,
     ) -> None:
-        self.model, self.codec, self.engine, self.name, self.base_only = model, codec, engine, name, base_only
+        self.model, self.codec, self.engine, self.name, self.acting = model, codec, engine, name, acting
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Scores of texts; the response is encoded as in the reward model's training, EOS appended.
@@ -59,7 +59,7 @@ class RewardModelScorer:
 
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Scores of prompt + response tokens, read at the last one."""
-        with self.base_only():
+        with self.acting():
             scores = score_rows(self.model, rows, pad_token_id=self.codec.pad_token_id, engine=self.engine)
         return scores.float().cpu().tolist()
 

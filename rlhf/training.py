@@ -12,7 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from rlhf.checkpoint import StageFolder, save_model_folder
 from rlhf.engine import Engine
 from rlhf.metrics import MetricLog, progress
-from rlhf.models.adapters import merged_copy, uses_lora
+from rlhf.models.adapters import POLICY, merged_copy, uses_lora
 
 
 def trainer_arguments(config: Any, folder: StageFolder, engine: Engine, num_rows: int) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def full_precision(config: Any, folder: StageFolder, model: Any, *, base: str, t
     if not uses_lora(config.adapter):
         return model
     adapter_folder = folder.path / "adapter"
-    model.save_pretrained(str(adapter_folder))
+    model.save_pretrained(str(adapter_folder), selected_adapters=[POLICY])
     return merged_copy(base, adapter_folder, task=task)
 
 

@@ -90,5 +90,5 @@ def test_ppo_ends_at_the_optimum_of_score_minus_kl(folder: Path, length: int, te
         )
         experience = build_experience(roles, rollout, scores_of(rollout), config=config, kl_coef=KL_COEF)
         learner.update(experience, step=step)
-    # Of three seeds the farthest end was .015; half or twice the KL coefficient would end beyond .1.
+    # The farthest end seen was .015 (two seeds); half or twice the KL coefficient would end beyond .1.
     assert distance(distribution(models, length, temperature)) < 0.03

@@ -7,20 +7,15 @@ shift by one.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf.batches import Rollout
 from rlhf.models.loading import head, logits_of, trunk
 from rlhf.numerics.logprobs import entropy, token_logprobs
 from rlhf.numerics.masked import last_true_index
-
-# Above this length the squares of plain attention cost more than the fused kernel.
-LONGEST_PLAIN_ATTENTION = 512
 
 
 def states_at(model: Any, tokens: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -32,22 +27,8 @@ def states_at(model: Any, tokens: Tensor, attention_mask: Tensor, rows: Tensor, 
     shift = attention_mask.int().argmax(1)
     width = int(attention_mask.sum(1).max())
     index = (shift.unsqueeze(1) + torch.arange(width, device=tokens.device)).clamp(max=tokens.shape[1] - 1)
-    layers = trunk(model)
-    with _attention_kernel(layers, tokens.device, width):
-        hidden = layers(input_ids=tokens.gather(1, index), use_cache=False).last_hidden_state
+    hidden = trunk(model)(input_ids=tokens.gather(1, index), use_cache=False).last_hidden_state
     return hidden[rows, columns - shift[rows]]
-
-
-def _attention_kernel(
-    layers: Any, device: torch.device, width: int
-) -> contextlib.AbstractContextManager[None]:
-    """On a processor, plain products for short rows: the fused kernel's backward takes several times as long.
-
-    Gradient checkpointing computes attention again in the backward pass, outside of this, by torch's choice.
-    """
-    if device.type != "cpu" or width > LONGEST_PLAIN_ATTENTION or layers.is_gradient_checkpointing:
-        return contextlib.nullcontext()
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 def response_logprobs(model: Any, rollout: Rollout, *, temperature: float) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf.engine import Engine
+from rlhf.models import attention
 from rlhf.rows import first_line
 from rlhf.text import TextCodec, prepare_tokenizer
 
@@ -150,6 +152,17 @@ def load_reward_model(path: str, options: LoadOptions, *, key: str = "reward.pat
     return _placed(model, options)
 
 
+def load_score_head(path: str) -> nn.Linear:
+    """The score head (H -> 1) of the reward model in a folder, in float32, frozen."""
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as weights:
+            if "score.weight" in weights.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                layer = nn.Linear(weights.get_slice("score.weight").get_shape()[1], 1, bias=False)
+                layer.weight = nn.Parameter(weights.get_tensor("score.weight").float(), requires_grad=False)
+                return layer
+    raise ValueError(f"{path} has no score head; train a reward model with stage=rm and name its folder")
+
+
 def new_reward_model(path: str, options: LoadOptions) -> Any:
     """Put a score head of zeros, in float32, on the trunk of any decoder: all scores start equal."""
     model, _ = _load_classifier(path, options)
@@ -202,8 +215,11 @@ def _from_pretrained(auto_class: Any, path: str, options: LoadOptions, **more: A
         raise ValueError(
             f"{path} cannot run with model.attention={options.attention}; use model.attention=eager"
         ) from error
+    model = found[0] if isinstance(found, tuple) else found
+    if options.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(attention.NAME)
     # On AVX512-BF16 processors bitsandbytes repacks 4-bit weights for a product that has no backward pass.
-    for module in (found[0] if isinstance(found, tuple) else found).modules():
+    for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return found

@@ -1,14 +1,18 @@
 """The four roles of PPO on as few weights as they need.
 
 Full weights: policy, reference, critic and reward are four models. With LoRA the reference is the policy's
-trunk with its adapter off, and the reward model is the critic's trunk with its adapter off.
+trunk with no adapter on. A reward model that is an adapter on that very trunk makes it the only one: policy,
+critic and reward are three adapters on it. Any other reward model is a second trunk, which the critic's
+adapter shares.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,26 +20,40 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from rlhf.batches import Rollout
+from rlhf.checkpoint import adapter_of
 from rlhf.engine import Engine
-from rlhf.models.adapters import add_lora, trainable_parameters, uses_lora
+from rlhf.models.adapters import POLICY, acting, add_lora, read_adapter, trainable_parameters, uses_lora
 from rlhf.models.forward import response_logprobs, response_logprobs_and_entropy, response_values
 from rlhf.models.loading import (
+    LoadOptions,
     load_causal_lm,
     load_options,
     load_reward_model,
+    load_score_head,
     new_reward_model,
     same_tokenizer,
+    trunk,
 )
 
 
 class ActorCritic(nn.Module):
-    """What PPO trains: a policy and a critic with its value head, on separate trunks."""
+    """What PPO trains: a policy and a critic with its value head, on two trunks or as two adapters on one.
 
-    def __init__(self, policy: Any, critic: Any, value_head: nn.Linear) -> None:
+    `critic_adapter` is the LoRA adapter that acts in the critic's passes, where there is one.
+    """
+
+    def __init__(
+        self, policy: Any, critic: Any, value_head: nn.Linear, *, critic_adapter: str = POLICY
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
         self.value_head = value_head
+        self.critic_adapter = critic_adapter
+
+    def as_critic(self) -> contextlib.AbstractContextManager[None]:
+        """Let the critic's adapter act; a backward pass belongs inside, as it may compute forward again."""
+        return acting(self.critic, self.critic_adapter)
 
     def logprobs(self, rollout: Rollout, *, temperature: float) -> Tensor:
         """The policy's log-probs (B, R)."""
@@ -47,15 +65,19 @@ class ActorCritic(nn.Module):
 
     def values(self, rollout: Rollout) -> Tensor:
         """The critic's values (B, R)."""
-        return response_values(self.critic, self.value_head, rollout)
+        with self.as_critic():
+            return response_values(self.critic, self.value_head, rollout)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """The trained parameters of the policy."""
-        return trainable_parameters(self.policy)
+        return trainable_parameters(self.policy, adapter=POLICY)
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """The trained parameters of the critic and its value head."""
-        return [*trainable_parameters(self.critic), *self.value_head.parameters()]
+        return [
+            *trainable_parameters(self.critic, adapter=self.critic_adapter),
+            *self.value_head.parameters(),
+        ]
 
 
 class Reference:
@@ -70,18 +92,32 @@ class Reference:
         """Log-probs (B, R) of the response tokens under the reference."""
         if self.model is not None:
             return response_logprobs(self.model, rollout, temperature=temperature)
-        with self.policy.disable_adapter():
+        with acting(self.policy, None):
             return response_logprobs(self.policy, rollout, temperature=temperature)
+
+
+class RewardAdapter(nn.Module):
+    """A reward model that is an adapter and a score head on the policy's trunk; read it inside `acting`."""
+
+    def __init__(self, policy: Any, score: nn.Linear) -> None:
+        super().__init__()
+        self.base_model = trunk(policy)
+        self.score = score
+        self.config, self.device = policy.config, policy.device
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The models of a PPO run, and whether the critic's trunk is the reward model's."""
+    """The models of a PPO run. `reward` is the reward model at `critic` where its trunk is another role's,
+    to be read inside `as_reward()`; `critic_from_reward_model` tells whether values start as its scores.
+    """
 
     actor_critic: ActorCritic
     reference: Reference
     engine: Engine
     critic_from_reward_model: bool
+    reward: Any | None = None
+    as_reward: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 def build_roles(config: Any, engine: Engine) -> Roles:
@@ -92,32 +128,65 @@ def build_roles(config: Any, engine: Engine) -> Roles:
     """
     lora = uses_lora(config.adapter)
     trained = load_options(config.model, engine, trained=not lora, quantization=config.adapter.quantization)
-    frozen = load_options(config.model, engine, trained=False)
     policy = load_causal_lm(config.policy, trained)
-    reference = None if lora else load_causal_lm(config.policy, frozen)
-    from_reward_model = config.critic is not None and same_tokenizer(config.policy, config.critic)
-    if from_reward_model:
-        critic = load_reward_model(config.critic, trained, key="critic")
-    else:
-        critic = new_reward_model(config.policy, trained)
-    value_head = _value_head(critic, starts_at_zero=not from_reward_model)
     if lora:
         policy = add_lora(policy, config.adapter, task="CAUSAL_LM")
-        critic = add_lora(critic, config.adapter, task=None)
+    from_reward_model = config.critic is not None and same_tokenizer(config.policy, config.critic)
+    adapter = adapter_of(config.critic, base=config.policy) if lora and from_reward_model else None
+    if adapter is not None:
+        roles = _on_one_trunk(policy, adapter, load_score_head(config.critic).to(engine.device), engine)
     else:
-        critic.score.requires_grad_(False)
-    for model in (policy, critic):
+        roles = _on_own_trunks(policy, trained, config, engine, from_reward_model=from_reward_model)
+    models = roles.actor_critic
+    for model in {id(model): model for model in (models.policy, models.critic)}.values():
         _switch_off_dropout(model)
         # Recomputing in the backward pass is a matter of training mode, which changes nothing else here.
         model.train(config.gradient_checkpointing)
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return roles
+
+
+def _on_one_trunk(policy: Any, adapter: Path, score: nn.Linear, engine: Engine) -> Roles:
+    """Policy, critic and reward as adapters on the policy's base; the critic's starts as the reward's."""
+    for name, trained in (("critic", True), ("reward", False)):
+        read_adapter(policy, adapter, name=name, trained=trained)
+    value_head = _value_head(score, starts_at_zero=False).to(engine.device)
     return Roles(
-        ActorCritic(policy, critic, value_head.to(engine.device)),
+        ActorCritic(policy, policy, value_head, critic_adapter="critic"),
+        Reference(None, policy),
+        engine,
+        critic_from_reward_model=True,
+        reward=RewardAdapter(policy, score),
+        as_reward=functools.partial(acting, policy, "reward"),
+    )
+
+
+def _on_own_trunks(
+    policy: Any, trained: LoadOptions, config: Any, engine: Engine, *, from_reward_model: bool
+) -> Roles:
+    """The critic on a trunk of its own, and without LoRA the reference too."""
+    lora = uses_lora(config.adapter)
+    frozen = load_options(config.model, engine, trained=False)
+    reference = None if lora else load_causal_lm(config.policy, frozen)
+    if from_reward_model:
+        critic = load_reward_model(config.critic, trained, key="critic")
+    else:
+        critic = new_reward_model(config.policy, trained)
+    value_head = _value_head(critic.score, starts_at_zero=not from_reward_model).to(engine.device)
+    if lora:
+        critic = add_lora(critic, config.adapter, task=None)
+    else:
+        critic.score.requires_grad_(False)
+    shares = lora and from_reward_model
+    return Roles(
+        ActorCritic(policy, critic, value_head),
         Reference(reference, policy),
         engine,
         from_reward_model,
+        reward=critic if shares else None,
+        as_reward=functools.partial(acting, critic, None) if shares else contextlib.nullcontext,
     )
 
 
@@ -128,18 +197,18 @@ def _switch_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def _value_head(critic: Any, *, starts_at_zero: bool) -> nn.Linear:
-    """A linear layer (H -> 1) with bias, in float32, that starts as the critic's score head or at 0."""
-    layer = nn.Linear(critic.score.in_features, 1)
+def _value_head(score: nn.Linear, *, starts_at_zero: bool) -> nn.Linear:
+    """A linear layer (H -> 1) with bias, in float32, that starts as a score head or at 0."""
+    layer = nn.Linear(score.in_features, 1)
     with torch.no_grad():
         layer.bias.zero_()
-        layer.weight.copy_(torch.zeros(()) if starts_at_zero else critic.score.weight.float())
+        layer.weight.copy_(torch.zeros(()) if starts_at_zero else score.weight.float())
     return layer
 
 
 @contextlib.contextmanager
 def adapters_merged(policy: Any) -> Iterator[None]:
-    """Run a LoRA policy with its adapter folded into the weights; the base gets its own bits back.
+    """Run a LoRA policy with its acting adapter folded into the weights; the base gets its own bits back.
 
     Quantized layers keep their adapter beside them: there is no exact way back from a merge.
     """
@@ -154,7 +223,7 @@ def adapters_merged(policy: Any) -> Iterator[None]:
             for layer, weight, original in zip(layers, weights, originals, strict=True):
                 delta = layer.get_delta_weight(layer.active_adapters[0])
                 weight.data = (original.float() + delta.float()).to(original.dtype)
-        with policy.disable_adapter():
+        with acting(policy, None):
             yield
     finally:
         for weight, original in zip(weights, originals, strict=True):

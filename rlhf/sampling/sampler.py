@@ -14,16 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn.functional import pad
 
 from rlhf.batches import PromptBatch, Rollout, join, left_pad, position_ids
 from rlhf.models.loading import logits_of, trunk
+from rlhf.sampling.cache import new_cache
 
 # Copying the cache costs about as much as a step saves once this share of its rows has ended.
 SHARE_ENDED_BEFORE_DROP = 0.1
 
 # Rows are drawn from in pieces of this many logits: 4 MB, so that the passes over them stay in the cache.
 FLOATS_PER_DRAW = 1 << 20
+
+# Tokens whose probabilities are first summed as one, to find the block that a uniform number falls into.
+BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,15 @@ def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and
     assert uniforms.shape == (len(prompts), decoding.max_new_tokens), uniforms.shape
     batch = left_pad(prompts, pad_token_id, device=model.device)
     with _evaluating(model):
-        responses, logprobs = _generate(
-            _Loop(model, batch), decoding, eos_token_id, uniforms.to(model.device)
-        )
+        loop = _Loop(model, batch, _first_of_equals(prompts))
+        responses, logprobs = _generate(loop, decoding, eos_token_id, uniforms.to(model.device))
     return join(batch, responses, pad_token_id, logprobs)
+
+
+def _first_of_equals(prompts: list[list[int]]) -> list[int]:
+    """For each row the first row with the same prompt: the prompt of these is computed once."""
+    first: dict[tuple[int, ...], int] = {}
+    return [first.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]
 
 
 def _generate(
@@ -143,11 +152,32 @@ def _draw(
         logits = penalise_repetition(logits, responses, decoding.repetition_penalty)
     if decoding.greedy:
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])
-    probabilities = torch.softmax(_truncated(logits / decoding.temperature, decoding), dim=-1)
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, targets, right=True).clamp(max=logits.shape[-1] - 1)
+    if decoding.temperature != 1.0:
+        logits = logits / decoding.temperature
+    probabilities = torch.softmax(_truncated(logits, decoding), dim=-1)
+    tokens = _invert(probabilities, uniforms.unsqueeze(-1))
     return tokens.squeeze(-1), probabilities.gather(-1, tokens).squeeze(-1).log()
+
+
+def _invert(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The tokens (B, 1) at which cumulative probabilities (B, V) pass `uniforms` (B, 1).
+
+    First the block is found, then the token in it.
+    """
+    blocks = pad(probabilities, (0, -probabilities.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    ends = blocks.sum(-1).double().cumsum(-1)
+    targets = uniforms * ends[:, -1:]
+    block = _first_above(ends, targets)
+    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
+    return block * BLOCK + _first_above(inside, targets - pad(ends, (1, 0)).gather(-1, block))
+
+
+def _first_above(cumulative: Tensor, targets: Tensor) -> Tensor:
+    """The first place (B, 1) where sums (B, N) exceed `targets` (B, 1); at the latest the last one that adds
+    anything, since a target may be rounded up to the total.
+    """
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.searchsorted(cumulative, targets, right=True).minimum(last)
 
 
 def penalise_repetition(logits: Tensor, responses: list[list[int]], penalty: float) -> Tensor:
@@ -177,17 +207,30 @@ def _truncated(logits: Tensor, decoding: Decoding) -> Tensor:
 class _Loop:
     """The rows that still generate: their cache, attention mask and last tokens."""
 
-    def __init__(self, model: Any, prompts: PromptBatch) -> None:
+    def __init__(self, model: Any, prompts: PromptBatch, first_of_equals: list[int]) -> None:
         self.model = model
-        self.cache = DynamicCache(config=model.config)
-        self.inputs = prompts.tokens
-        self.mask = prompts.attention_mask
-        self.positions = position_ids(prompts.attention_mask)
+        self.cache = new_cache(model)
         self.rows = torch.arange(len(prompts.tokens), device=prompts.tokens.device)
         self.ended = torch.zeros_like(self.rows, dtype=torch.bool)
+        first = torch.tensor(first_of_equals, device=self.rows.device)
+        distinct, copies = first.unique(return_inverse=True)
+        self.copies = None if len(distinct) == len(first) else copies
+        self.inputs = prompts.tokens[distinct]
+        self.mask = prompts.attention_mask[distinct]
+        self.positions = position_ids(self.mask)
 
     def next_logits(self) -> Tensor:
-        """Logits (B, V) of the last position."""
+        """Logits (B, V) of the last position; equal prompts are computed once, then copied to their rows."""
+        logits = self._forward()
+        if self.copies is not None:
+            logits, self.mask, self.positions = (
+                each[self.copies] for each in (logits, self.mask, self.positions)
+            )
+            self.cache.batch_select_indices(self.copies)
+            self.copies = None
+        return logits
+
+    def _forward(self) -> Tensor:
         output = trunk(self.model)(
             input_ids=self.inputs,
             attention_mask=self.mask.long(),

@@ -170,7 +170,7 @@ def test_reward_scores_do_not_move_when_the_critics_adapter_trains(folder: Path,
     roles = build_roles(settings(folder, family), ENGINE)
     critic = roles.actor_critic.critic
     codec = TextCodec(word_tokenizer(), style="plain")
-    scorer = RewardModelScorer(critic, codec, ENGINE, name="rm", base_only=critic.disable_adapter)
+    scorer = RewardModelScorer(critic, codec, ENGINE, name="rm", acting=roles.as_reward)
     rows = ROLLOUT.sequences()
     before, base = scorer.score_tokens(rows), base_fingerprint(critic)
     with torch.no_grad():
