@@ -19,12 +19,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from rlhf.settings import STAGE_CONFIGS, StageConfig
+from rlhf.settings import STAGE_CONFIGS, BenchConfig, StageConfig
 from rlhf.validation import check_config, hint
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_DIR / "configs"
 STAGES = tuple(STAGE_CONFIGS)
+PROGRAMS: dict[str, type[Any]] = {**STAGE_CONFIGS, "bench": BenchConfig}
 GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward")
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -55,8 +56,8 @@ def load_config(stage: str, overrides: list[str]) -> Any:
 
     Raises ValueError, naming the full key and the remedy, for an unknown key, group choice, type or value.
     """
-    if stage not in STAGE_CONFIGS:
-        raise ValueError(f"stage={stage}: {hint(stage, STAGES)}stages are {', '.join(STAGES)}")
+    if stage not in PROGRAMS:
+        raise ValueError(f"stage={stage}: {hint(stage, PROGRAMS)}stages are {', '.join(PROGRAMS)}")
     words = [_split_word(stage, word) for word in overrides]
     groups, values = _split_groups(words)
     for key, _ in values:
@@ -95,19 +96,19 @@ def resolved_yaml(config: StageConfig) -> str:
 def read_config(stage: str, path: Path) -> Any:
     """Read a configuration written with `resolved_yaml`. Raises ValueError where its keys do not fit."""
     try:
-        return _to_object(OmegaConf.merge(OmegaConf.structured(STAGE_CONFIGS[stage]), OmegaConf.load(path)))
+        return _to_object(OmegaConf.merge(OmegaConf.structured(PROGRAMS[stage]), OmegaConf.load(path)))
     except OmegaConfBaseException as error:
         raise ValueError(f"{path} is not a configuration of stage {stage}: {_first_line(error)}") from error
 
 
 def all_keys(stage: str) -> list[str]:
     """Return every full key of a stage, those of parts (`kl`) and of values (`kl.coef`)."""
-    return _keys_of(STAGE_CONFIGS[stage])
+    return _keys_of(PROGRAMS[stage])
 
 
 def value_type(stage: str, key: str) -> Any:
     """Return the type of a key (a dataclass for a part, Any inside free-form parts), or None: no such key."""
-    current: Any = STAGE_CONFIGS[stage]
+    current: Any = PROGRAMS[stage]
     for part in key.split("."):
         if not is_dataclass(current):
             return Any if _is_free(current) else None
@@ -176,7 +177,7 @@ def _compose(stage: str, groups: dict[str, str]) -> DictConfig:
             config_name=stage, overrides=[f"{group}={choice}" for group, choice in groups.items()]
         )
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(STAGE_CONFIGS[stage]), values))
+        return typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(PROGRAMS[stage]), values))
     except OmegaConfBaseException as error:
         raise ValueError(
             f"the files under {CONFIG_DIR} do not fit stage {stage}: {_first_line(error)}"
@@ -268,7 +269,7 @@ def _to_object(config: Any) -> Any:
 
 
 def _unknown_key(stage: str, key: str) -> str:
-    others = [other for other in STAGES if value_type(other, key) is not None]
+    others = [other for other in PROGRAMS if value_type(other, key) is not None]
     if others:
         return f"{key} is not a key of stage {stage}, but of {', '.join(others)}"
     return f"{key} is not a key of stage {stage}; {hint(key, all_keys(stage))}".rstrip("; ")

@@ -8,19 +8,22 @@ epochs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.batches import Experience, Rollout
+from rlhf.batches import Experience, Rollout, join, left_pad
 from rlhf.engine import Engine
 from rlhf.models.roles import ActorCritic, Roles
-from rlhf.numerics.advantages import gae, shaped_rewards
+from rlhf.numerics.advantages import gae, leave_one_out, shaped_rewards
 from rlhf.numerics.kl import k1
 from rlhf.numerics.losses import policy_loss, value_loss
-from rlhf.numerics.masked import masked_mean, masked_sum, whiten
+from rlhf.numerics.masked import masked_mean, masked_sum, whiten, zero_rest
+from rlhf.schemas import Demonstration
+from rlhf.text import TextCodec
 from rlhf.training_state import permutation
 
 ADAM_EPSILON = 1e-5
@@ -46,12 +49,19 @@ def final_scores(scores: Tensor, rollout: Rollout, eos_token_id: int, missing: M
 
 
 @torch.no_grad()
-def build_experience(
-    roles: Roles, rollout: Rollout, scores: Tensor, *, config: Any, kl_coef: float
+def build_experience(  # noqa: PLR0913 (a rollout, its scores, and what they are weighed with)
+    roles: Roles,
+    rollout: Rollout,
+    scores: Tensor,
+    *,
+    config: Any,
+    kl_coef: float,
+    baseline: Tensor | float | None = None,
 ) -> Experience:
     """Score a rollout: old and reference log-probs, values, shaped rewards, advantages and returns.
 
     Old log-probs come from the learner's own forward pass. Advantages are whitened over the whole batch.
+    `baseline`, of REINFORCE, is a number or one a row (B,); None stands for the batch's mean reward.
     """
     models, engine = roles.actor_critic, roles.engine
     shape, device = rollout.response_mask.shape, rollout.tokens.device
@@ -62,20 +72,59 @@ def build_experience(
             width = piece.response_mask.shape[1]
             old[index, :width] = models.logprobs(piece, temperature=config.temperature)
             ref[index, :width] = roles.reference.logprobs(piece, temperature=config.temperature)
-            value[index, :width] = models.values(piece)
+            if models.critic is not None:
+                value[index, :width] = models.values(piece)
     mask = rollout.response_mask
     rewards = shaped_rewards(old, ref, scores, mask, kl_coef)
-    advantages, returns = gae(rewards, value, mask, gamma=config.gae.gamma, lam=config.gae.lam)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, mask, keep_mean=True)
+    if config.algo == "ppo":
+        advantages, returns = gae(rewards, value, mask, gamma=config.gae.gamma, lam=config.gae.lam)
+    else:
+        advantages = _sequence_advantages(rewards.sum(1), mask, config, baseline)
+        returns = advantages + value
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     return Experience(rollout, old, ref, value, rewards, advantages, returns, scores)
 
 
+def _sequence_advantages(
+    rewards: Tensor, mask: Tensor, config: Any, baseline: Tensor | float | None
+) -> Tensor:
+    """Advantages (B, R) without a critic: a response is one action, whose gain all its tokens share."""
+    if config.algo == "rloo":
+        gains = leave_one_out(rewards, config.rollouts_per_prompt)
+    else:
+        gains = rewards - (rewards.mean() if baseline is None else baseline)
+    return zero_rest(gains.unsqueeze(1).expand(mask.shape), mask)
+
+
+class PretrainingMix:
+    """Texts whose loss is mixed in (PTX). Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 2."""
+
+    def __init__(
+        self, demonstrations: Sequence[Demonstration], codec: TextCodec, device: torch.device
+    ) -> None:
+        self.prompts = [codec.encode_prompt(each.prompt) for each in demonstrations]
+        self.responses = [codec.encode_response(each.response) for each in demonstrations]
+        self.pad_token_id, self.device = codec.pad_token_id, device
+
+    def batch(self, size: int, *seed: int) -> Rollout:
+        """`size` texts, chosen by the seeds alone."""
+        order = permutation(len(self.prompts), *seed).tolist()
+        chosen = [order[i % len(order)] for i in range(size)]
+        prompts = left_pad([self.prompts[i] for i in chosen], self.pad_token_id, self.device)
+        return join(prompts, [self.responses[i] for i in chosen], self.pad_token_id)
+
+
 class Learner:
     """The optimizer of policy and critic, and the epochs of minibatches that make one update."""
 
-    def __init__(self, models: ActorCritic, engine: Engine, config: Any) -> None:
-        self.models, self.engine, self.config = models, engine, config
+    def __init__(
+        self, models: ActorCritic, engine: Engine, config: Any, *, mix: PretrainingMix | None = None
+    ) -> None:
+        self.models, self.engine, self.config, self.mix = models, engine, config, mix
+        self.step = 0
         groups = [
             {"params": models.policy_parameters(), "lr": config.learning_rate},
             {"params": models.critic_parameters(), "lr": config.critic_learning_rate},
@@ -99,12 +148,15 @@ class Learner:
     def update(self, experience: Experience, *, step: int) -> dict[str, float]:
         """Run epochs x minibatches optimizer steps on an experience and return the means of their metrics."""
         config, history = self.config, []
+        self.step = step
         self.set_learning_rates(step)
         num_episodes = len(experience.scores)
         for epoch in range(config.epochs):
             order = torch.from_numpy(permutation(num_episodes, config.seed, step, epoch))
-            for rows in order.tensor_split(config.minibatches):
-                history.append(self.minibatch(experience.rows(rows.to(experience.scores.device))))
+            for index, rows in enumerate(order.tensor_split(config.minibatches)):
+                batch = experience.rows(rows.to(experience.scores.device))
+                texts = self.mix.batch(len(rows), config.seed, step, epoch, index) if self.mix else None
+                history.append(self.minibatch(batch, texts))
             if config.approx_kl_stop is not None and history[-1]["approx_kl"] > config.approx_kl_stop:
                 break
         metrics = {name: sum(each[name] for each in history) / len(history) for name in history[0]}
@@ -114,8 +166,11 @@ class Learner:
             "optimizer_steps": len(history),
         }
 
-    def minibatch(self, batch: Experience) -> dict[str, float]:
-        """One optimizer step; its gradient does not depend on how the rows are cut into micro-batches."""
+    def minibatch(self, batch: Experience, texts: Rollout | None = None) -> dict[str, float]:
+        """One optimizer step; its gradient does not depend on how the rows are cut into micro-batches.
+
+        The loss of `texts` (PTX) is summed into it.
+        """
         denominator = batch.rollout.response_mask.sum()
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, float] = {}
@@ -124,21 +179,19 @@ class Learner:
                 piece = batch.rows(index.to(batch.scores.device))
                 for name, value in self.backward(piece, denominator).items():
                     totals[name] = totals.get(name, 0.0) + float(value)
+            if texts is not None:
+                totals["ptx_loss"] = self.backward_texts(texts)
         norms = {
             "policy_grad_norm": torch.nn.utils.clip_grad_norm_(
                 self.models.policy_parameters(), self.config.clip.grad_norm
             ),
-            "critic_grad_norm": torch.nn.utils.clip_grad_norm_(
-                self.models.critic_parameters(), self.config.clip.grad_norm
-            ),
         }
+        if self.models.critic is not None:
+            norms["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(
+                self.models.critic_parameters(), self.config.clip.grad_norm
+            )
         totals |= {name: float(norm) for name, norm in norms.items()}
-        for name, total in totals.items():
-            if not math.isfinite(total):
-                raise ValueError(
-                    f"{name} is {total}: the run stops before this step changes a weight. Lower "
-                    "learning_rate, raise kl.coef, or use engine.dtype=float32; the last checkpoint is good"
-                )
+        check_finite(totals, self.step)
         self.optimizer.step()
         return totals
 
@@ -147,12 +200,24 @@ class Learner:
         backward.
         """
         config, mask = self.config, piece.rollout.response_mask
-        logprobs, entropies = self.models.logprobs_and_entropy(piece.rollout, temperature=config.temperature)
+        logprobs, entropies = self.models.logprobs_and_entropy(
+            piece.rollout, temperature=config.temperature, learn_entropy=config.entropy_coef > 0
+        )
         loss, metrics = policy_loss(
             logprobs, piece.logprobs, piece.advantages, mask, clip=config.clip.policy, denominator=denominator
         )
+        entropy = masked_mean(entropies, mask, denominator=denominator)
         with self.engine.no_autocast():
-            loss.backward()
+            (loss - config.entropy_coef * entropy).backward()
+        found = {
+            "policy_loss": loss.detach(),
+            "entropy": entropy.detach(),
+            "ratio": metrics["ratio_mean"],
+            "approx_kl": metrics["approx_kl"],
+            "clip_fraction": metrics["clip_fraction"],
+        }
+        if self.models.critic is None:
+            return found
         with self.models.as_critic():
             values = self.models.values(piece.rollout)
             critic_loss = value_loss(
@@ -160,29 +225,49 @@ class Learner:
             )
             with self.engine.no_autocast():
                 (config.value_coef * critic_loss).backward()
-        return {
-            "policy_loss": loss.detach(),
-            "value_loss": critic_loss.detach(),
-            "entropy": masked_mean(entropies, mask, denominator=denominator),
-            "ratio": metrics["ratio_mean"],
-            "approx_kl": metrics["approx_kl"],
-            "clip_fraction": metrics["clip_fraction"],
-        }
+        return {**found, "value_loss": critic_loss.detach()}
+
+    def backward_texts(self, texts: Rollout) -> float:
+        """Accumulate the gradient of `ptx_coef` times the texts' mean loss per token; return that loss."""
+        num_tokens, total = texts.response_mask.sum(), 0.0
+        for index in self.engine.micro_batches(texts.lengths()):
+            piece = texts.rows(index.to(texts.tokens.device))
+            logprobs = self.models.logprobs(piece, temperature=1.0)
+            loss = -masked_mean(logprobs, piece.response_mask, denominator=num_tokens)
+            with self.engine.no_autocast():
+                (self.config.ptx_coef * loss).backward()
+            total += float(loss.detach())
+        return total
 
 
-def experience_metrics(experience: Experience, eos_token_id: int) -> dict[str, float]:
+def check_finite(numbers: dict[str, float], step: int) -> None:
+    """Stop where a number of update `step` is not finite, naming it."""
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ValueError(
+                f"{name} is {number} at update {step}: the run stops before this changes a weight. Lower "
+                "learning_rate, raise kl.coef, or use engine.dtype=float32; the last checkpoint is good"
+            )
+
+
+def experience_metrics(
+    experience: Experience, eos_token_id: int, *, has_critic: bool = True
+) -> dict[str, float]:
     """What the rollout itself says: score, KL per sequence as trained on, length, share ended, value fit."""
     mask = experience.rollout.response_mask
     lengths = mask.sum(1)
     last = experience.rollout.response_tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
-    errors = experience.returns - experience.values
-    variance = masked_mean((experience.returns - masked_mean(experience.returns, mask)).square(), mask)
-    return {
+    found = {
         "score": float(experience.scores.mean()),
         "score_std": float(experience.scores.std(correction=0)),
         "kl": float(masked_sum(k1(experience.logprobs, experience.ref_logprobs), mask) / len(lengths)),
         "reward": float(masked_sum(experience.rewards, mask) / len(lengths)),
         "length": float(lengths.float().mean()),
         "share_ended": float((last == eos_token_id).float().mean()),
-        "explained_variance": float(1 - masked_mean(errors.square(), mask) / variance.clamp(min=1e-8)),
     }
+    if not has_critic:
+        return found
+    errors = experience.returns - experience.values
+    variance = masked_mean((experience.returns - masked_mean(experience.returns, mask)).square(), mask)
+    explained = 1 - masked_mean(errors.square(), mask) / variance.clamp(min=1e-8)
+    return {**found, "explained_variance": float(explained)}

@@ -22,8 +22,16 @@ from rlhf.engine import Engine
 from rlhf.metrics import MetricLog, cut_lines_after, progress
 from rlhf.models.roles import Roles
 from rlhf.numerics.kl import AdaptiveKL, FixedKL
-from rlhf.ppo import Learner, MissingEos, build_experience, experience_metrics, final_scores
-from rlhf.records import PromptRecord
+from rlhf.ppo import (
+    Learner,
+    MissingEos,
+    PretrainingMix,
+    build_experience,
+    check_finite,
+    experience_metrics,
+    final_scores,
+)
+from rlhf.records import Demonstration, PromptRecord
 from rlhf.rewards import RewardModelScorer, build_scorer, score_samples
 from rlhf.sampling.policy import Policy
 from rlhf.sampling.sampler import Decoding
@@ -31,6 +39,7 @@ from rlhf.text import TextCodec
 from rlhf.training_state import load_training_state, permutation, save_training_state
 
 NUM_SHOWN_SAMPLES = 4
+MEAN_DECAY = 0.9  # of REINFORCE's moving baseline, per update
 
 
 def build_reward(config: Any, engine: Engine, roles: Roles) -> Any:
@@ -42,6 +51,11 @@ def build_reward(config: Any, engine: Engine, roles: Roles) -> Any:
 
     codec = load_codec(config.critic, config.data)
     return RewardModelScorer(roles.reward, codec, engine, name=spec["path"], acting=roles.as_reward)
+
+
+def _moved(mean: float | None, reward: float) -> float:
+    """The moving mean of rewards, which the first one starts."""
+    return reward if mean is None else mean + (1 - MEAN_DECAY) * (reward - mean)
 
 
 @contextlib.contextmanager
@@ -80,11 +94,14 @@ class PPORun:
         reward: Any,
         prompts: Sequence[PromptRecord],
         folder: StageFolder,
+        demonstrations: Sequence[Demonstration] = (),
     ) -> None:
         self.config, self.codec, self.engine, self.folder = config, codec, roles.engine, folder
         self.roles, self.models, self.reward, self.prompts = roles, roles.actor_critic, reward, prompts
         self.policy = Policy(self.models.policy, codec, roles.engine)
-        self.learner = Learner(self.models, roles.engine, config)
+        mix = PretrainingMix(demonstrations, codec, roles.engine.device) if demonstrations else None
+        self.learner = Learner(self.models, roles.engine, config, mix=mix)
+        self.mean_reward: float | None = None
         kl = config.kl
         adaptive = kl.controller == "adaptive"
         self.kl = AdaptiveKL(kl.coef, kl.target, kl.horizon) if adaptive else FixedKL(kl.coef)
@@ -129,8 +146,15 @@ class PPORun:
         rollout = self.policy.respond([record.prompt for record in records], self.decoding, seed=seed)
         sampled = time.perf_counter()
         scores = self.scores(records, rollout)
-        experience = build_experience(self.roles, rollout, scores, config=config, kl_coef=self.kl.coef)
-        metrics = {"kl_coef": self.kl.coef, **experience_metrics(experience, self.codec.eos_token_id)}
+        baseline = self.baseline(records) if config.algo == "reinforce" else None
+        experience = build_experience(
+            self.roles, rollout, scores, config=config, kl_coef=self.kl.coef, baseline=baseline
+        )
+        has_critic = self.models.critic is not None
+        found = experience_metrics(experience, self.codec.eos_token_id, has_critic=has_critic)
+        metrics = {"kl_coef": self.kl.coef, **found}
+        check_finite(metrics, step)
+        self.mean_reward = _moved(self.mean_reward, metrics["reward"])
         scored = time.perf_counter()
         if step == 1:
             self.check_start(experience)
@@ -144,16 +168,36 @@ class PPORun:
         return metrics, {"sample": sampled - started, "score": scored - sampled, "learn": learned - scored}
 
     def prompts_of(self, step: int) -> list[PromptRecord]:
-        """The prompts of an update: the data in an order drawn anew for each pass through it."""
-        size, total = self.config.batch_size, len(self.prompts)
+        """The prompts of an update, each as often as it is sampled: the data in an order drawn anew for each
+        pass through it.
+        """
+        repeats, total = self.config.rollouts_per_prompt, len(self.prompts)
+        size = self.config.batch_size // repeats
         positions = range((step - 1) * size, step * size)
         orders = {p // total: permutation(total, self.config.seed, p // total) for p in positions}
-        return [self.prompts[int(orders[p // total][p % total])] for p in positions]
+        chosen = [self.prompts[int(orders[p // total][p % total])] for p in positions]
+        return [record for record in chosen for _ in range(repeats)]
+
+    def baseline(self, records: Sequence[PromptRecord]) -> Tensor | float | None:
+        """What REINFORCE takes off the rewards; None before there are past ones: this batch's mean.
+
+        Greedy: the score of the policy's likeliest response, Rennie et al. 2017,
+        https://arxiv.org/abs/1612.00563.
+        """
+        if self.config.reinforce_baseline == "moving":
+            return self.mean_reward
+        if self.config.reinforce_baseline == "none":
+            return 0.0
+        greedy = Decoding(self.config.data.max_response_tokens, greedy=True)
+        rollout = self.policy.respond([record.prompt for record in records], greedy, seed=0)
+        return self.scores(records, rollout)
 
     def scores(self, records: Sequence[PromptRecord], rollout: Rollout) -> Tensor:
         """Scores (B,) of a rollout by the reward, with the rule for missing EOS applied."""
         prompts = [record.prompt for record in records]
         scores = score_samples(self.reward, self.codec, prompts, rollout)
+        if self.config.reward_clip is not None:
+            scores = scores.clamp(-self.config.reward_clip, self.config.reward_clip)
         return final_scores(scores.to(self.engine.device), rollout, self.codec.eos_token_id, self.missing_eos)
 
     def check_start(self, experience: Experience) -> None:
@@ -235,6 +279,7 @@ class PPORun:
         values = {
             "step": step,
             "kl": self.kl.state_dict(),
+            "mean_reward": self.mean_reward,
             "start_checks": [asdict(check) for check in self.start_checks],
             "first": self.first,
             "last": self.last,
@@ -246,6 +291,7 @@ class PPORun:
         """Continue from a state; returns the number of updates it holds."""
         values = load_training_state(state, self.models, self.learner.optimizer)
         self.kl.load_state_dict(values["kl"])
+        self.mean_reward = values["mean_reward"]
         self.start_checks = [Check(**check) for check in values["start_checks"]]
         self.first, self.last = values["first"], values["last"]
         print(f"resuming after update {values['step']}", flush=True)

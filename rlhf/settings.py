@@ -195,11 +195,13 @@ class RMConfig(StageConfig):
 
 @dataclass
 class PPOConfig(StageConfig):
+    algo: str
     policy: str
     critic: str | None
     reward: dict[str, Any]
     updates: int
     batch_size: int
+    rollouts_per_prompt: int
     epochs: int
     minibatches: int
     learning_rate: float
@@ -208,7 +210,13 @@ class PPOConfig(StageConfig):
     kl: KL
     gae: GAE
     clip: Clip
+    critic_trunk: str
     value_coef: float
+    entropy_coef: float
+    ptx_coef: float
+    reinforce_baseline: str
+    reward_clip: float | None
+    whiten_rewards: bool
     missing_eos_score: float | None
     missing_eos_penalty: float
     temperature: float
@@ -237,7 +245,25 @@ class EvaluateConfig(StageConfig):
     num_samples: int
 
 
-STAGE_CONFIGS: dict[str, type[StageConfig]] = {
+@dataclass
+class BenchConfig:
+    name: str
+    runs: str
+    show: bool
+    model: Model
+    adapter: Adapter
+    engine: Engine
+    adapters: list[str]
+    batch_size: int
+    prompt_tokens: int
+    response_tokens: int
+    epochs: int
+    updates: int
+    peer: str | None
+
+
+# The stages of a run, in order.
+STAGE_CONFIGS: dict[str, type[Any]] = {
     "sft": SFTConfig,
     "collect": CollectConfig,
     "rm": RMConfig,

@@ -14,18 +14,22 @@ CHOICES = {
     "data.format": ("auto", "chat", "plain"),
     "data.on_bad_row": ("stop", "skip"),
     "kl.controller": ("fixed", "adaptive"),
+    "algo": ("ppo", "reinforce", "rloo"),
+    "reinforce_baseline": ("moving", "greedy", "none"),
+    "critic_trunk": ("own", "policy"),
 }
 RUN_MODES = {"runs", "overwrite", "resume", "force", "show", "tracker", "engine.threads"}
 AT_LEAST_ONE = {
     "batch_size",
     "minibatches",
+    "rollouts_per_prompt",
     "max_prompt_tokens",
     "max_response_tokens",
     "max_length",
     "bootstrap",
 }
 NOT_EMPTY = {"name", "runs", "model.path", "policy", "critic", "base"}
-ABOVE_ZERO = {"temperature", "repetition_penalty"}
+ABOVE_ZERO = {"temperature", "repetition_penalty", "reward_clip"}
 FRACTIONS = {"top_p", "warmup_ratio", "eval_fraction", "dropout", "gae.gamma", "gae.lam"}
 SCORER_KEYS = {
     "model": {"path"},
@@ -63,7 +67,7 @@ def check_config(config: StageConfig) -> None:
     """Raise ValueError, naming the key, for a value of the right type that cannot be meant."""
     for key, value in _leaves(config):
         _check_value(key, value)
-    if config.overwrite and config.resume:
+    if isinstance(config, StageConfig) and config.overwrite and config.resume:
         raise ValueError("overwrite=true and resume=true contradict each other: give one of them")
     if isinstance(config, CollectConfig):
         check_scorer("labeller", config.labeller)
@@ -140,6 +144,20 @@ def _check_ppo(config: PPOConfig) -> None:
         raise ValueError(
             f"minibatches={config.minibatches} of batch_size={config.batch_size} episodes: "
             "give every minibatch at least one episode"
+        )
+    if config.algo == "rloo" and config.rollouts_per_prompt < 2:
+        raise ValueError(
+            f"rollouts_per_prompt={config.rollouts_per_prompt}: algo=rloo compares a prompt's samples "
+            "with one another and needs at least 2"
+        )
+    if config.batch_size % config.rollouts_per_prompt:
+        raise ValueError(
+            f"batch_size={config.batch_size} is no multiple of "
+            f"rollouts_per_prompt={config.rollouts_per_prompt}"
+        )
+    if config.whiten_rewards and config.algo != "ppo":
+        raise ValueError(
+            f"whiten_rewards=true with algo={config.algo}, which has one reward a response: set it to false"
         )
     if config.epochs < 1:
         raise ValueError(f"epochs={config.epochs}: an update needs at least 1")

@@ -39,10 +39,10 @@ def main(words: list[str]) -> int:
 
 def read_words(words: list[str]) -> tuple[str, list[str]]:
     """Part the words into the stage and its settings. Raises ValueError naming the nearest stage."""
-    from rlhf.config import STAGES
+    from rlhf.config import PROGRAMS
     from rlhf.validation import hint
 
-    known = ("all", *STAGES, "test")
+    known = ("all", *PROGRAMS, "test")
     named = [word.partition("=")[2] for word in words if word.startswith("stage=")]
     overrides = [word for word in words if not word.startswith("stage=")]
     if len(named) != 1:
@@ -75,7 +75,9 @@ def run(stage: str, overrides: list[str]) -> int:
     if config.show:
         show(stage, config)
         return 0
-    StageFolder(config.runs, config.name, stage).check_free(overwrite=config.overwrite, resume=config.resume)
+    if stage != "bench":
+        folder = StageFolder(config.runs, config.name, stage)
+        folder.check_free(overwrite=config.overwrite, resume=config.resume)
     quiet_libraries()
     importlib.import_module(f"stages.{stage}").main(overrides)
     return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from rlhf.checkpoint import find_parent
 from rlhf.checks import print_checks
 from rlhf.engine import build_engine, seed_everything
@@ -28,10 +31,14 @@ def main(overrides: list[str]) -> None:
     engine = build_engine(config.engine, num_parameters(config.policy))
     codec = load_codec(config.policy, config.data)
     prompts = stage.read(config.data.prompts.ppo, "prompts", "data.prompts.ppo")
+    demonstrations: Sequence[Any] = []
+    if config.ptx_coef:
+        key = "data.demonstrations.train"
+        demonstrations = stage.read(config.data.demonstrations.train, "demonstrations", key)
     roles = build_roles(config, engine)
     reward = build_reward(config, engine, roles)
     stage.begin()
-    run = PPORun(config, codec, roles, reward, prompts, folder)
+    run = PPORun(config, codec, roles, reward, prompts, folder, demonstrations)
     checks = run.train(stage.state)
 
     stage.report_cut_prompts(codec)

@@ -20,6 +20,8 @@ def show(stage: str, config: Any) -> None:
     """Print what the stage would do."""
     print(f"# stage {stage}: configuration")
     print(resolved_yaml(config), end="")
+    if stage == "bench":
+        return
     print("\n# inputs")
     for key in INPUTS[stage]:
         for name, path in paths_in(key, value_of(config, key)):

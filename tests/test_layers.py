@@ -38,6 +38,7 @@ LAYERS = {
     "ppo": 3,
     "ppo_run": 3,
     "collect": 3,
+    "bench": 3,
     "rewards": 3,
     "exposure": 3,
     "evaluation": 3,

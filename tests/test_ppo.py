@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.batches import Experience, join, left_pad
+from rlhf.batches import Experience, Rollout, join, left_pad
 from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config
 from rlhf.engine import Engine
@@ -143,7 +143,7 @@ def test_every_episode_is_learned_from_once_an_epoch(folder: Path, monkeypatch: 
     learner = Learner(roles.actor_critic, roles.engine, config)
     seen: list[list[float]] = []
 
-    def record(batch: Experience) -> dict[str, float]:
+    def record(batch: Experience, texts: Rollout | None) -> dict[str, float]:
         seen.append(batch.scores.tolist())
         return {"ratio": 1.0, "approx_kl": 0.0}
 
@@ -307,9 +307,9 @@ def test_a_loss_that_is_not_finite_stops_before_a_weight_changes(
     learner = Learner(roles.actor_critic, roles.engine, config)
     before = weight_hash(roles.actor_critic)
     with pytest.raises(
-        ValueError, match=rf"^{tensor} is nan: the run stops before this step changes a weight"
+        ValueError, match=rf"^{tensor} is nan at update 3: the run stops before this changes a weight"
     ):
-        learner.update(Experience(**(parts | {field: broken})), step=1)
+        learner.update(Experience(**(parts | {field: broken})), step=3)
     assert weight_hash(roles.actor_critic) == before
     assert not learner.optimizer.state_dict()["state"]
 
@@ -318,6 +318,7 @@ def test_an_infinite_gradient_stops_and_is_named(folder: Path) -> None:
     config = settings(folder)
     roles = roles_of(config)
     learner = Learner(roles.actor_critic, roles.engine, config)
+    assert roles.actor_critic.value_head is not None
     roles.actor_critic.value_head.bias.register_hook(lambda grad: grad * float("inf"))
     before = weight_hash(roles.actor_critic)
     with pytest.raises(ValueError, match=r"^critic_grad_norm is (inf|nan)"):

@@ -39,15 +39,15 @@ def response_logprobs(model: Any, rollout: Rollout, *, temperature: float) -> Te
 
 
 def response_logprobs_and_entropy(
-    model: Any, rollout: Rollout, *, temperature: float
+    model: Any, rollout: Rollout, *, temperature: float, learn_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probs (B, R) as in `response_logprobs`, and the entropy (B, R) in nats of each token's
-    distribution.
+    distribution, which has a gradient where `learn_entropy`.
     """
     logits = _response_logits(model, rollout)
     tokens = rollout.response_tokens[rollout.response_mask]
-    with torch.no_grad():
-        entropies = entropy(logits.detach(), temperature)
+    with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
+        entropies = entropy(logits, temperature)
     logprobs = token_logprobs(logits, tokens, temperature)
     return _scattered(logprobs, rollout.response_mask), _scattered(entropies, rollout.response_mask)
 

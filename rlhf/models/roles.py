@@ -39,11 +39,17 @@ from rlhf.models.loading import (
 class ActorCritic(nn.Module):
     """What PPO trains: a policy and a critic with its value head, on two trunks or as two adapters on one.
 
-    `critic_adapter` is the LoRA adapter that acts in the critic's passes, where there is one.
+    `critic_adapter` is the LoRA adapter that acts in the critic's passes, where there is one. The critic may
+    be the policy itself with a value head, or None: REINFORCE and RLOO need none.
     """
 
     def __init__(
-        self, policy: Any, critic: Any, value_head: nn.Linear, *, critic_adapter: str = POLICY
+        self,
+        policy: Any,
+        critic: Any | None,
+        value_head: nn.Linear | None,
+        *,
+        critic_adapter: str = POLICY,
     ) -> None:
         super().__init__()
         self.policy = policy
@@ -59,12 +65,17 @@ class ActorCritic(nn.Module):
         """The policy's log-probs (B, R)."""
         return response_logprobs(self.policy, rollout, temperature=temperature)
 
-    def logprobs_and_entropy(self, rollout: Rollout, *, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs_and_entropy(
+        self, rollout: Rollout, *, temperature: float, learn_entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The policy's log-probs and entropies (B, R)."""
-        return response_logprobs_and_entropy(self.policy, rollout, temperature=temperature)
+        return response_logprobs_and_entropy(
+            self.policy, rollout, temperature=temperature, learn_entropy=learn_entropy
+        )
 
     def values(self, rollout: Rollout) -> Tensor:
         """The critic's values (B, R)."""
+        assert self.value_head is not None, "this algorithm has no critic"
         with self.as_critic():
             return response_values(self.critic, self.value_head, rollout)
 
@@ -73,11 +84,12 @@ class ActorCritic(nn.Module):
         return trainable_parameters(self.policy, adapter=POLICY)
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """The trained parameters of the critic and its value head."""
-        return [
-            *trainable_parameters(self.critic, adapter=self.critic_adapter),
-            *self.value_head.parameters(),
-        ]
+        """The trained parameters of the critic and its value head; those of the policy are not among them."""
+        if self.value_head is None:
+            return []
+        shared = self.critic is self.policy and self.critic_adapter == POLICY
+        own = [] if shared else trainable_parameters(self.critic, adapter=self.critic_adapter)
+        return [*own, *self.value_head.parameters()]
 
 
 class Reference:
@@ -125,6 +137,7 @@ def build_roles(config: Any, engine: Engine) -> Roles:
 
     The critic starts from the reward model at `critic` with its score head as value head; where that has
     another tokenizer, or no reward model is named, it starts from the policy's trunk and values of 0.
+    With critic_trunk=policy it is a value head on the policy; algo=reinforce and algo=rloo have none.
     """
     lora = uses_lora(config.adapter)
     trained = load_options(config.model, engine, trained=not lora, quantization=config.adapter.quantization)
@@ -134,11 +147,11 @@ def build_roles(config: Any, engine: Engine) -> Roles:
     from_reward_model = config.critic is not None and same_tokenizer(config.policy, config.critic)
     adapter = adapter_of(config.critic, base=config.policy) if lora and from_reward_model else None
     if adapter is not None:
-        roles = _on_one_trunk(policy, adapter, load_score_head(config.critic).to(engine.device), engine)
+        roles = _on_one_trunk(policy, adapter, config, engine)
     else:
         roles = _on_own_trunks(policy, trained, config, engine, from_reward_model=from_reward_model)
     models = roles.actor_critic
-    for model in {id(model): model for model in (models.policy, models.critic)}.values():
+    for model in {id(model): model for model in (models.policy, models.critic) if model is not None}.values():
         _switch_off_dropout(model)
         # Recomputing in the backward pass is a matter of training mode, which changes nothing else here.
         model.train(config.gradient_checkpointing)
@@ -148,19 +161,33 @@ def build_roles(config: Any, engine: Engine) -> Roles:
     return roles
 
 
-def _on_one_trunk(policy: Any, adapter: Path, score: nn.Linear, engine: Engine) -> Roles:
+def _on_one_trunk(policy: Any, adapter: Path, config: Any, engine: Engine) -> Roles:
     """Policy, critic and reward as adapters on the policy's base; the critic's starts as the reward's."""
-    for name, trained in (("critic", True), ("reward", False)):
-        read_adapter(policy, adapter, name=name, trained=trained)
-    value_head = _value_head(score, starts_at_zero=False).to(engine.device)
+    score = load_score_head(config.critic).to(engine.device)
+    read_adapter(policy, adapter, name="reward", trained=False)
+    models = _without_own_critic(policy, config, engine)
+    if models is None:
+        read_adapter(policy, adapter, name="critic", trained=True)
+        value_head = _value_head(score, starts_at_zero=False).to(engine.device)
+        models = ActorCritic(policy, policy, value_head, critic_adapter="critic")
     return Roles(
-        ActorCritic(policy, policy, value_head, critic_adapter="critic"),
+        models,
         Reference(None, policy),
         engine,
-        critic_from_reward_model=True,
+        critic_from_reward_model=models.critic_adapter == "critic",
         reward=RewardAdapter(policy, score),
         as_reward=functools.partial(acting, policy, "reward"),
     )
+
+
+def _without_own_critic(policy: Any, config: Any, engine: Engine) -> ActorCritic | None:
+    """A policy without a critic, or with a value head of zeros on its own trunk; None where one is due."""
+    if config.algo != "ppo":
+        return ActorCritic(policy, None, None)
+    if config.critic_trunk == "policy":
+        width = nn.Linear(policy.config.get_text_config().hidden_size, 1)
+        return ActorCritic(policy, policy, _value_head(width, starts_at_zero=True).to(engine.device))
+    return None
 
 
 def _on_own_trunks(
@@ -170,6 +197,9 @@ def _on_own_trunks(
     lora = uses_lora(config.adapter)
     frozen = load_options(config.model, engine, trained=False)
     reference = None if lora else load_causal_lm(config.policy, frozen)
+    models = _without_own_critic(policy, config, engine)
+    if models is not None:
+        return Roles(models, Reference(reference, policy), engine, critic_from_reward_model=False)
     if from_reward_model:
         critic = load_reward_model(config.critic, trained, key="critic")
     else:

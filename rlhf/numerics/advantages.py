@@ -29,6 +29,17 @@ def shaped_rewards(
 
 
 @torch.no_grad()
+def leave_one_out(rewards: Tensor, num_samples: int) -> Tensor:
+    """Return each reward (B,) minus the mean of the other samples of its prompt, which stand beside it.
+
+    B is a multiple of `num_samples` >= 2. RLOO: Ahmadian et al. (2024), https://arxiv.org/abs/2402.14740.
+    """
+    assert num_samples >= 2 and rewards.dim() == 1 and len(rewards) % num_samples == 0, rewards.shape
+    groups = rewards.view(-1, num_samples)
+    return (groups - (groups.sum(1, keepdim=True) - groups) / (num_samples - 1)).flatten()
+
+
+@torch.no_grad()
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Return generalised advantages and the returns that the critic learns.
 

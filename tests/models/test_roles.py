@@ -109,7 +109,7 @@ def test_values_start_as_the_reward_models_scores(folder: Path, adapter: str) ->
     # The value of the state after a whole response would be its score: the same trunk, the same head.
     roles = build_roles(settings(folder, "llama", adapter=adapter), ENGINE)
     models = roles.actor_critic
-    assert roles.critic_from_reward_model
+    assert roles.critic_from_reward_model and models.value_head is not None
     continued = join(left_pad(PROMPTS, PAD), [[*row, EOS] for row in RESPONSES], PAD)
     with torch.no_grad():
         values = response_values(models.critic, models.value_head, continued)
@@ -226,6 +226,7 @@ def test_no_role_has_dropout_although_model_and_adapter_name_it(
 def test_the_score_head_that_gives_rewards_does_not_train(folder: Path, adapter: str) -> None:
     models = build_roles(settings(folder, "llama", adapter=adapter), ENGINE).actor_critic
     trained = {id(parameter) for parameter in [*models.policy_parameters(), *models.critic_parameters()]}
+    assert models.critic is not None and models.value_head is not None
     score = models.critic.get_base_model().score if adapter == "lora" else models.critic.score
     assert id(score.weight) not in trained and id(models.value_head.weight) in trained
     assert len(trained) == len([*models.policy_parameters(), *models.critic_parameters()])

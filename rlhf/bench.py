@@ -1,0 +1,266 @@
+"""What this machine does in a second: matrix products, sampling, PPO updates.
+
+Each part runs in a process of its own, `python -m rlhf.bench '{"part": ..., ...}'`, so that peak memory is
+its own, and prints its result as JSON.
+
+P prompt tokens, R response tokens, B episodes of an update, N weights of the layers, V x H of the head.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rlhf.batches import Rollout
+from rlhf.checkpoint import hash_weights
+from rlhf.config import load_config
+from rlhf.engine import Engine, build_engine, peak_memory, seed_everything
+from rlhf.models.adapters import add_lora, merged_copy
+from rlhf.models.loading import (
+    LoadOptions,
+    load_causal_lm,
+    load_options,
+    load_tokenizer,
+    new_reward_model,
+    num_parameters,
+    trunk,
+)
+from rlhf.models.roles import Roles, adapters_merged, build_roles
+from rlhf.ppo import Learner, build_experience
+from rlhf.ppo_run import build_reward
+from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+
+NEVER_ENDS = -1  # an EOS that no token is, so that every response has all its tokens
+PRODUCT = (1536, 576, 1536)
+NUM_PRODUCTS = 100
+PHASES = ("sample", "score", "experience", "learn")
+
+
+def products(spec: dict[str, Any]) -> dict[str, float]:
+    """Floating-point operations a second of matrix products in float32 and in the engine's number type."""
+    engine = _engine(spec)
+    rows, inner, columns = PRODUCT if engine.device.type == "cpu" else (8192, 4096, 8192)
+    rates = {}
+    for dtype in (torch.float32, engine.dtype):
+        x = torch.randn(rows, inner, device=engine.device, dtype=dtype)
+        weight = torch.randn(columns, inner, device=engine.device, dtype=dtype)
+        seconds = _seconds(engine, functools.partial(_multiply, x, weight))
+        rates[str(dtype).removeprefix("torch.")] = 2 * rows * inner * columns * NUM_PRODUCTS / seconds
+    return {**rates, "limit": rates[str(engine.dtype).removeprefix("torch.")]}
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor) -> None:
+    for _ in range(NUM_PRODUCTS):
+        torch.nn.functional.linear(x, weight)
+
+
+def sampler(spec: dict[str, Any]) -> dict[str, float]:
+    """Response tokens a second of our sampler and of Hugging Face generate: in turn, the better of two."""
+    engine = _engine(spec)
+    model = load_causal_lm(spec["model"]["path"], _options(spec, engine))
+    prompts, decoding = _prompts(spec), Decoding(spec["response_tokens"])
+    tokens = torch.tensor(prompts, device=engine.device)
+
+    def ours() -> None:
+        uniforms = draw_uniforms(len(prompts), decoding.max_new_tokens, 0)
+        sample(model, prompts, decoding, eos_token_id=NEVER_ENDS, pad_token_id=0, uniforms=uniforms)
+
+    def generate() -> None:
+        length = {"max_new_tokens": decoding.max_new_tokens, "min_new_tokens": decoding.max_new_tokens}
+        settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "use_cache": True, "pad_token_id": 0}
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), **length, **settings)
+
+    found: dict[str, list[float]] = {"ours": [], "generate": []}
+    for _ in range(2):
+        for name, function in (("ours", ours), ("generate", generate)):
+            found[name].append(_seconds(engine, function))
+    return {name: len(prompts) * decoding.max_new_tokens / min(times) for name, times in found.items()}
+
+
+def prepare(spec: dict[str, Any]) -> dict[str, float]:
+    """Write a random reward model as stage=rm leaves one: an adapter on the policy's weights, and merged."""
+    seed_everything(1)
+    base, folder = spec["model"]["path"], Path(spec["folder"])
+    settings = load_config("rm", ["adapter=lora", "data=toy"]).adapter
+    model = add_lora(new_reward_model(base, LoadOptions(attention=None)), settings, task="SEQ_CLS")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.normal_(std=0.01)
+    model.save_pretrained(str(folder / "adapter"))
+    merged_copy(base, folder / "adapter", task="SEQ_CLS").save_pretrained(folder / "model")
+    load_tokenizer(base).save_pretrained(folder / "model")
+    record = {"parents": [{"key": "base", "path": base, "sha256": hash_weights(Path(base))}]}
+    (folder / "stage.json").write_text(json.dumps(record), encoding="utf-8")
+    return {}
+
+
+def ppo(spec: dict[str, Any]) -> dict[str, Any]:
+    """Episodes a second, seconds of each phase, operations a second and peak memory."""
+    config = _ppo_config(spec)
+    seed_everything(config.seed)
+    engine = _engine(spec)
+    roles = build_roles(config, engine)
+    reward = build_reward(config, engine, roles)
+    learner = Learner(roles.actor_critic, engine, config)
+    prompts = _prompts(spec, updates=spec["updates"])
+    clock, tokens, started = _Clock(engine), 0, time.perf_counter()
+    for step in range(1, spec["updates"] + 1):
+        batch = prompts[(step - 1) * config.batch_size : step * config.batch_size]
+        rollout = clock.run("sample", _rollout, roles, batch, spec, seed=step)
+        scores = torch.tensor(clock.run("score", reward.score_tokens, rollout.sequences()))
+        coef = config.kl.coef
+        experience = clock.run(
+            "experience", build_experience, roles, rollout, scores, config=config, kl_coef=coef
+        )
+        clock.run("learn", learner.update, experience, step=step)
+        tokens += int(rollout.attention_mask.sum())
+    whole = time.perf_counter() - started
+    seconds = clock.seconds
+    return {
+        "episodes_per_s": spec["updates"] * config.batch_size / whole,
+        "seconds": {**seconds, "other": whole - sum(seconds.values())},
+        "flops": _rates(roles, spec, tokens, seconds),
+        "tokens_per_s": {
+            "score": tokens * 4 / (seconds["score"] + seconds["experience"]),
+            "learn": tokens * 2 * config.epochs / seconds["learn"],
+        },
+        "one_trunk": roles.actor_critic.policy is roles.actor_critic.critic,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "peak_memory_gib": peak_memory(spec["engine"]["device"]) / 2**30,
+    }
+
+
+def _rates(roles: Roles, spec: dict[str, Any], tokens: int, seconds: dict[str, float]) -> dict[str, float]:
+    """Floating-point operations a second of each phase.
+
+    Each weight and token takes 2 forward, 2 more for the gradient of the input, 2 more for that of a trained
+    weight. Attention, adapters and the optimizer are not counted.
+    """
+    policy = roles.actor_critic.policy
+    layers = sum(_weights(module) for name, module in trunk(policy).named_modules() if "lora_" not in name)
+    head = policy.config.vocab_size * policy.config.hidden_size
+    answered = spec["updates"] * spec["batch_size"] * spec["response_tokens"]
+    backward = 3 if spec["adapter"] == "none" else 2
+    work = {
+        "sample": 2 * layers * tokens + 2 * head * answered,
+        "score": 2 * layers * tokens,
+        "experience": 6 * layers * tokens + 4 * head * answered,
+        "learn": backward * spec["epochs"] * (4 * layers * tokens + 2 * head * answered),
+    }
+    rates = {name: work[name] / seconds[name] for name in PHASES}
+    return {**rates, "whole": sum(work.values()) / sum(seconds.values())}
+
+
+def _weights(module: Any) -> int:
+    """Weights of a linear layer, whatever it packs them into; 0 for any other module."""
+    if isinstance(module, Conv1D):
+        return module.nx * module.nf
+    return module.in_features * module.out_features if isinstance(module, nn.Linear) else 0
+
+
+def _rollout(roles: Roles, prompts: list[list[int]], spec: dict[str, Any], *, seed: int) -> Rollout:
+    policy, length = roles.actor_critic.policy, spec["response_tokens"]
+    with roles.engine.autocast(), adapters_merged(policy):
+        return sample(
+            policy,
+            prompts,
+            Decoding(length),
+            eos_token_id=NEVER_ENDS,
+            pad_token_id=0,
+            uniforms=draw_uniforms(len(prompts), length, seed),
+        )
+
+
+def _ppo_config(spec: dict[str, Any]) -> Any:
+    words = [f"adapter={spec['adapter']}", "data=toy", "tracker=none", "model=tiny", "minibatches=1"]
+    config = load_config("ppo", words)
+    model = str(Path(spec["folder"]) / "model")
+    config.policy, config.critic, config.reward = (
+        spec["model"]["path"],
+        model,
+        {"kind": "model", "path": model},
+    )
+    config.batch_size, config.epochs, config.updates = spec["batch_size"], spec["epochs"], spec["updates"]
+    config.learning_rate = config.critic_learning_rate = 1e-6
+    if spec["adapter"] != "none" and spec["lora"]["r"]:
+        for key in ("r", "alpha", "target_modules"):
+            setattr(config.adapter, key, spec["lora"][key])
+    config.model.attention = spec["model"]["attention"]
+    return config
+
+
+def _engine(spec: dict[str, Any]) -> Engine:
+    return build_engine(_Settings(spec["engine"]), num_parameters(spec["model"]["path"]))
+
+
+def _options(spec: dict[str, Any], engine: Engine) -> LoadOptions:
+    return load_options(_Settings(spec["model"]), engine, trained=False)
+
+
+class _Settings:
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+
+
+def _prompts(spec: dict[str, Any], *, updates: int = 1) -> list[list[int]]:
+    """Prompts of random tokens, none of them special."""
+    tokenizer = load_tokenizer(spec["model"]["path"])
+    special = set(tokenizer.all_special_ids)
+    usual = torch.tensor([token for token in range(min(len(tokenizer), 40000)) if token not in special])
+    chosen = torch.randint(
+        len(usual),
+        (updates * spec["batch_size"], spec["prompt_tokens"]),
+        generator=torch.Generator().manual_seed(0),
+    )
+    return usual[chosen].tolist()
+
+
+class _Clock:
+    """Seconds spent in each phase, the device's work included."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+
+    def run(self, phase: str, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        _wait(self.engine)
+        started = time.perf_counter()
+        result = function(*arguments, **more)
+        _wait(self.engine)
+        self.seconds[phase] += time.perf_counter() - started
+        return result
+
+
+def _seconds(engine: Engine, function: Callable[[], Any]) -> float:
+    """Seconds of the second of two calls."""
+    function()
+    clock = _Clock(engine)
+    clock.run(PHASES[0], function)
+    return clock.seconds[PHASES[0]]
+
+
+def _wait(engine: Engine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+
+
+PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "products": products,
+    "sampler": sampler,
+    "prepare": prepare,
+    "ppo": ppo,
+}
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    print(json.dumps(PARTS[given["part"]](given)))

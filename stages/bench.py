@@ -1,0 +1,136 @@
+"""stage=bench: what this machine does in a second, and what one PPO update costs with each adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import library_versions, write_text
+from rlhf.config import PROJECT_DIR, load_config
+from rlhf.metrics import progress
+from rlhf.sources import fetch_wheel
+from stages.common import resolved
+
+TRL_PPO_WHEEL = ("trl", "1.12.0", "9c8f117b21a941edbc85744f5a341c9453d38e81f24ae81d3c6e9b9ca3b96409")
+ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+PHASES = ("sample", "score", "experience", "learn", "other")
+
+
+def main(overrides: list[str]) -> None:
+    """Run every part in a process of its own, one after the other, and print and write the tables."""
+    config = load_config("bench", overrides)
+    folder = Path(config.runs) / config.name / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = {**asdict(config), "model": {**asdict(config.model), "path": resolved(config.model.path)}}
+    spec["lora"] = spec.pop("adapter")
+    peers = [adapter for adapter in config.adapters if config.peer and adapter in ("none", "lora")]
+    found: dict[str, Any] = {"ppo": {}, "peer": {}}
+    bar = progress(3 + len(config.adapters) + len(peers), initial=0, unit="part", description="bench")
+    with tempfile.TemporaryDirectory() as temporary:
+        spec["folder"] = temporary
+
+        def run(part: str, **more: Any) -> Any:
+            result = run_part(
+                [sys.executable, "-m", "rlhf.bench", json.dumps({**spec, **more, "part": part})]
+            )
+            bar.update(1)
+            return result
+
+        found["products"] = run("products")
+        found["sampler"] = run("sampler")
+        run("prepare")
+        for adapter in config.adapters:
+            found["ppo"][adapter] = run("ppo", adapter=adapter)
+            if adapter in peers:
+                found["peer"][adapter] = run_peer(config, spec, found["ppo"][adapter]["dtype"], adapter)
+                bar.update(1)
+    bar.close()
+    found |= {"settings": spec, "versions": library_versions(), "processors": os.cpu_count()}
+    write_text(folder / "bench.json", json.dumps(found, indent=2) + "\n")
+    report = table(found, command=shlex.join(["./launch.sh", "stage=bench", *overrides]))
+    write_text(folder / "bench.md", report)
+    print(report + f"\nwritten to {folder}/bench.md and bench.json")
+
+
+def run_part(command: list[str], **environment: str) -> Any:
+    """Run a command and read the JSON of its last line; a failure ends with what it said.
+
+    `environment` is added to this process's; an empty value takes a variable out of it.
+    """
+    variables = {name: value for name, value in {**os.environ, **environment}.items() if value}
+    done = subprocess.run(
+        command, cwd=PROJECT_DIR, env=variables, capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = "\n".join(done.stderr.strip().splitlines()[-15:])
+        raise ValueError(f"a part of the bench failed (exit {done.returncode}):\n{said}")
+    return json.loads(lines[-1])
+
+
+def run_peer(config: Any, spec: dict[str, Any], dtype: str, adapter: str) -> Any:
+    """Time TRL's last PPO on the same workload; its own script prints episodes a second and peak memory."""
+    with tempfile.TemporaryDirectory() as library:
+        with zipfile.ZipFile(fetch_wheel(*TRL_PPO_WHEEL)) as wheel:
+            wheel.extractall(library)
+        options = {
+            "episodes": config.updates * config.batch_size, "batch": config.batch_size,
+            "prompt": config.prompt_tokens, "response": config.response_tokens, "epochs": config.epochs,
+            "dtype": dtype, "lora": 0 if adapter == "none" else spec["lora"]["r"],
+        }  # fmt: skip
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        script = str(Path(config.peer).expanduser().absolute())
+        # launch.sh sets the allocator for our own processes; the peer runs as its user would run it
+        variables = {"PYTHONPATH": library, **dict.fromkeys(ALLOCATOR, "")}
+        return run_part([sys.executable, script, spec["model"]["path"], *words], **variables)
+
+
+def table(found: dict[str, Any], *, command: str) -> str:
+    """The results as Markdown."""
+    limit, sampler = found["products"]["limit"], found["sampler"]
+    rates = ", ".join(
+        f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in found["products"].items() if name != "limit"
+    )
+    lines = [
+        f"`{command}`",
+        "",
+        f"Matrix products: {rates}.",
+        f"Sampling: {sampler['ours']:.0f} tokens/s; Hugging Face generate {sampler['generate']:.0f}: "
+        f"{sampler['ours'] / sampler['generate']:.2f} times as many.",
+        "",
+        "| PPO update | episodes/s | peak GiB | scoring tokens/s | learning tokens/s | "
+        + " | ".join(f"{phase} s" for phase in PHASES)
+        + " | of the product limit |",
+        "|---|" + "---|" * (5 + len(PHASES)),
+    ]
+    for adapter, row in found["ppo"].items():
+        name = f"{adapter}, {row['dtype']}" + (", one base for four roles" if row["one_trunk"] else "")
+        updates = found["settings"]["updates"]
+        seconds = " | ".join(f"{row['seconds'][phase] / updates:.1f}" for phase in PHASES)
+        lines.append(
+            f"| {name} | {row['episodes_per_s']:.2f} | {row['peak_memory_gib']:.2f} "
+            f"| {row['tokens_per_s']['score']:.0f} | {row['tokens_per_s']['learn']:.0f} | {seconds} "
+            f"| {row['flops']['whole'] / limit:.0%} |"
+        )
+    if found["peer"]:
+        lines += [
+            "",
+            "| TRL 1.12.0 PPO | episodes/s | peak GiB | ours: times as fast | ours: share of its memory |",
+        ]
+        lines.append("|---|---|---|---|---|")
+    for adapter, peer in found["peer"].items():
+        ours = found["ppo"][adapter]
+        lines.append(
+            f"| {adapter} | {peer['episodes_per_s']:.2f} | {peer['peak_rss_gib']:.2f} "
+            f"| {ours['episodes_per_s'] / peer['episodes_per_s']:.2f} "
+            f"| {ours['peak_memory_gib'] / peer['peak_rss_gib']:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
