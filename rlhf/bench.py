@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.batches import Rollout
 from rlhf.checkpoint import hash_weights
 from rlhf.config import load_config
-from rlhf.engine import Engine, build_engine, peak_memory, seed_everything
+from rlhf.engine import Engine, build_engine, held_memory, peak_memory, seed_everything
 from rlhf.models.adapters import add_lora, merged_copy
 from rlhf.models.loading import (
     LoadOptions,
@@ -113,6 +113,7 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
     reward = build_reward(config, engine, roles)
     learner = Learner(roles.actor_critic, engine, config)
     prompts = _prompts(spec, updates=spec["updates"])
+    memory: list[float] = []
     clock, tokens, started = _Clock(engine), 0, time.perf_counter()
     for step in range(1, spec["updates"] + 1):
         batch = prompts[(step - 1) * config.batch_size : step * config.batch_size]
@@ -124,6 +125,7 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
         )
         clock.run("learn", learner.update, experience, step=step)
         tokens += int(rollout.attention_mask.sum())
+        memory.append(held_memory(spec["engine"]["device"]) / 2**30)
     whole = time.perf_counter() - started
     seconds = clock.seconds
     return {
@@ -136,6 +138,7 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
         },
         "one_trunk": roles.actor_critic.policy is roles.actor_critic.critic,
         "dtype": str(engine.dtype).removeprefix("torch."),
+        "memory_gib": memory,
         "peak_memory_gib": peak_memory(spec["engine"]["device"]) / 2**30,
     }
 

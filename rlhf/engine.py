@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 # Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length.
@@ -98,6 +99,13 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def held_memory(device: str) -> int:
+    """The bytes held now: on the GPU where `engine.device` leads there, else by this process."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
 
 
 def seed_everything(seed: int) -> None:

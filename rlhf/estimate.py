@@ -16,8 +16,8 @@ from rlhf.settings import PPOConfig, StageConfig
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 FROZEN_BYTES = {"none": 4.0, "nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with its scales
 TRAINED_BYTES = 16.0  # weight, gradient and the two moments of Adam, float32
-# Frozen models in memory. With adapters, ppo has two: of policy and reference, and of critic and reward.
-ADAPTER_BASES = {"sft": 1, "rm": 1, "ppo": 2}
+# Frozen models in memory. With adapters ppo has one; a reward model that is no adapter on it is a second.
+ADAPTER_BASES = {"sft": 1, "rm": 1, "ppo": 1}
 FULL_BASES = {"sft": 0, "collect": 1, "rm": 0, "ppo": 2, "evaluate": 3}
 LIST_LENGTH = 4  # responses per ranked list, where the data is not there to be counted
 EMBEDDED = {"smollm2": "models/smollm2-135m-instruct", "tiny": "models/tiny-gpt2-bytes"}
@@ -167,6 +167,8 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
     adapted = trains and bool(config.adapter.r)
     linear_bytes = FROZEN_BYTES[config.adapter.quantization] if adapted else 4.0
     bases = ADAPTER_BASES[stage] if adapted else FULL_BASES[stage]
+    if adapted and isinstance(config, PPOConfig) and _has_own_trunk(config.critic):
+        bases += 1
     parts = {
         "frozen weights": bases * (shape.linear * linear_bytes + shape.embedding * 4.0),
         "trained weights": _trained_parameters(stage, config, shape) * TRAINED_BYTES,
@@ -185,6 +187,12 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
     if isinstance(config, PPOConfig) or not trains:
         parts["sampling cache"] = tokens * shape.layers * 2 * shape.key_value * number_bytes
     return {name: value for name, value in parts.items() if value}
+
+
+def _has_own_trunk(critic: str | None) -> bool:
+    """Whether a reward model that is there was not left by stage=rm with an adapter."""
+    folder = Path(critic or "")
+    return critic is not None and folder.exists() and not (folder.parent / "adapter").exists()
 
 
 def _work_line(stage: str, config: Any, shape: Shape | None) -> str:

@@ -6,6 +6,7 @@ policy's do; the score is read at the last real token by mask.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from rlhf.checkpoint import StageFolder
 from rlhf.engine import Engine
-from rlhf.metrics import MetricLog
+from rlhf.metrics import MetricLog, progress
 from rlhf.models.adapters import add_lora, uses_lora
 from rlhf.models.forward import last_states, sequence_scores
 from rlhf.models.loading import head, load_causal_lm, load_options, new_reward_model, same_tokenizer
@@ -214,10 +215,10 @@ def check_calibration_policy(config: Any) -> None:
 
 def calibration_rows(config: Any, codec: TextCodec, engine: Engine, lists: TokenizedLists) -> list[list[int]]:
     """Prompt + response tokens whose scores get mean 0 and variance 1: samples of `calibration_policy`,
-    else the lists'.
+    else the responses of as many lists.
     """
     if config.calibration_policy is None:
-        return [tokens for row in lists.rows for tokens in row.tokens]
+        return [tokens for row in lists.rows[: config.calibration_prompts] for tokens in row.tokens]
     model = load_causal_lm(config.calibration_policy, load_options(config.model, engine, trained=False))
     times = -(-config.calibration_prompts // len(lists.records))
     records = (lists.records * times)[: config.calibration_prompts]
@@ -243,9 +244,18 @@ def prepare_for_saving(model: Any, codec: TextCodec) -> Any:
 
 
 @torch.no_grad()
-def score_rows(model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int, engine: Engine) -> Tensor:
-    """Scores (N,) of token lists, in batches of like length."""
-    return _in_batches(sequence_scores, model, rows, pad_token_id=pad_token_id, engine=engine)
+def score_rows(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    engine: Engine,
+    description: str | None = None,
+) -> Tensor:
+    """Scores (N,) of token lists, in batches of like length; with a `description` under a progress bar."""
+    bar = progress(len(rows), initial=0, unit="response", description=description) if description else None
+    with contextlib.closing(bar) if bar is not None else contextlib.nullcontext():
+        return _in_batches(sequence_scores, model, rows, pad_token_id=pad_token_id, engine=engine, bar=bar)
 
 
 @torch.no_grad()
@@ -287,14 +297,22 @@ def calibrate(
     }
 
 
-def _in_batches(
-    function: Any, model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int, engine: Engine
+def _in_batches(  # noqa: PLR0913 (what is computed of what, and where)
+    function: Any,
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    engine: Engine,
+    bar: Any = None,
 ) -> Tensor:
     results: list[Tensor] = [torch.empty(0)] * len(rows)
-    for index in engine.micro_batches([len(row) for row in rows]):
-        tokens, mask = right_pad([rows[i] for i in index], pad_token_id)
-        with engine.autocast():
+    with engine.autocast():
+        for index in engine.micro_batches([len(row) for row in rows]):
+            tokens, mask = right_pad([rows[i] for i in index], pad_token_id)
             values = function(model, tokens.to(engine.device), mask.to(engine.device))
-        for i, value in zip(index.tolist(), values, strict=True):
-            results[i] = value
+            for i, value in zip(index.tolist(), values, strict=True):
+                results[i] = value
+            if bar is not None:
+                bar.update(len(index))
     return torch.stack(results)

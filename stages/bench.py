@@ -120,6 +120,10 @@ def table(found: dict[str, Any], *, command: str) -> str:
             f"| {row['tokens_per_s']['score']:.0f} | {row['tokens_per_s']['learn']:.0f} | {seconds} "
             f"| {row['flops']['whole'] / limit:.0%} |"
         )
+    for adapter, row in found["ppo"].items():
+        if len(row["memory_gib"]) >= 10:
+            lines += ["", f"Memory held, {adapter}: {row['memory_gib'][1]:.3f} GiB after update 2, "]
+            lines[-1] += f"{row['memory_gib'][-1]:.3f} after update {len(row['memory_gib'])}."
     if found["peer"]:
         lines += [
             "",

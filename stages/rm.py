@@ -131,7 +131,7 @@ def judge(
 ) -> tuple[dict[str, Any], list[Any]]:
     """Accuracy and calibration on held-out lists beside the two baselines, and the checks drawn from them."""
     flat = [tokens for row in held_out.rows for tokens in row.tokens]
-    scores = score_rows(model, flat, pad_token_id=pad_token_id, engine=engine).cpu()
+    scores = score_rows(model, flat, pad_token_id=pad_token_id, engine=engine, description="judging").cpu()
     alone = torch.cat(
         [score_rows(model, [row], pad_token_id=pad_token_id, engine=engine).cpu() for row in flat[:8]]
     )

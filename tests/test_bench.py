@@ -48,6 +48,7 @@ def test_ratios_to_the_peer_stand_in_the_table() -> None:
         "peak_memory_gib": 1.0,
         "dtype": "float32",
         "seconds": phases,
+        "memory_gib": [1.0, 1.5, *[2.0] * 8],
     }
     row |= {"one_trunk": False, "flops": {"whole": 5e9}, "tokens_per_s": {"score": 10.0, "learn": 5.0}}
     found = {
@@ -59,6 +60,7 @@ def test_ratios_to_the_peer_stand_in_the_table() -> None:
     }
     text = table(found, command="./launch.sh stage=bench")
     assert "| none | 1.50 | 4.00 | 2.00 | 25% |" in text
+    assert "Memory held, none: 1.500 GiB after update 2, 2.000 after update 10." in text
     assert "3.00 times as many" in text and "| 50% |" in text
 
 

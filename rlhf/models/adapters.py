@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ def add_lora(model: Any, adapter: Any, *, task: str | None) -> Any:
     model = get_peft_model(model, settings)
     make_lean(model)
     return model
+
+
+def add_adapter(model: PeftModel, *, name: str) -> None:
+    """Put a new trained adapter beside a model's own, of the same form; at first it changes nothing."""
+    settings = copy.deepcopy(model.peft_config[POLICY])
+    settings.task_type = None
+    with _same_flags(model):
+        model.add_adapter(name, settings)
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key:
+            parameter.requires_grad_(True)
 
 
 def uses_lora(adapter: Any) -> bool:

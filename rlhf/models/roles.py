@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from rlhf.batches import Rollout
 from rlhf.checkpoint import adapter_of
 from rlhf.engine import Engine
-from rlhf.models.adapters import POLICY, acting, add_lora, read_adapter, trainable_parameters, uses_lora
+from rlhf.models.adapters import (
+    POLICY,
+    acting,
+    add_adapter,
+    add_lora,
+    read_adapter,
+    trainable_parameters,
+    uses_lora,
+)
 from rlhf.models.forward import response_logprobs, response_logprobs_and_entropy, response_values
 from rlhf.models.loading import (
     LoadOptions,
@@ -146,7 +154,7 @@ def build_roles(config: Any, engine: Engine) -> Roles:
         policy = add_lora(policy, config.adapter, task="CAUSAL_LM")
     from_reward_model = config.critic is not None and same_tokenizer(config.policy, config.critic)
     adapter = adapter_of(config.critic, base=config.policy) if lora and from_reward_model else None
-    if adapter is not None:
+    if lora and (adapter is not None or not from_reward_model):
         roles = _on_one_trunk(policy, adapter, config, engine)
     else:
         roles = _on_own_trunks(policy, trained, config, engine, from_reward_model=from_reward_model)
@@ -161,21 +169,30 @@ def build_roles(config: Any, engine: Engine) -> Roles:
     return roles
 
 
-def _on_one_trunk(policy: Any, adapter: Path, config: Any, engine: Engine) -> Roles:
-    """Policy, critic and reward as adapters on the policy's base; the critic's starts as the reward's."""
-    score = load_score_head(config.critic).to(engine.device)
-    read_adapter(policy, adapter, name="reward", trained=False)
+def _on_one_trunk(policy: Any, adapter: Path | None, config: Any, engine: Engine) -> Roles:
+    """Policy, critic and reward as adapters on the policy's base.
+
+    The critic's starts as the reward's; without one the critic starts as the base, with values of 0.
+    """
     models = _without_own_critic(policy, config, engine)
     if models is None:
-        read_adapter(policy, adapter, name="critic", trained=True)
-        value_head = _value_head(score, starts_at_zero=False).to(engine.device)
+        if adapter is None:
+            score = nn.Linear(policy.config.get_text_config().hidden_size, 1)
+            add_adapter(policy, name="critic")
+        else:
+            score = load_score_head(config.critic)
+            read_adapter(policy, adapter, name="critic", trained=True)
+        value_head = _value_head(score, starts_at_zero=adapter is None).to(engine.device)
         models = ActorCritic(policy, policy, value_head, critic_adapter="critic")
+    if adapter is None:
+        return Roles(models, Reference(None, policy), engine, critic_from_reward_model=False)
+    read_adapter(policy, adapter, name="reward", trained=False)
     return Roles(
         models,
         Reference(None, policy),
         engine,
         critic_from_reward_model=models.critic_adapter == "critic",
-        reward=RewardAdapter(policy, score),
+        reward=RewardAdapter(policy, load_score_head(config.critic).to(engine.device)),
         as_reward=functools.partial(acting, policy, "reward"),
     )
 
@@ -193,7 +210,9 @@ def _without_own_critic(policy: Any, config: Any, engine: Engine) -> ActorCritic
 def _on_own_trunks(
     policy: Any, trained: LoadOptions, config: Any, engine: Engine, *, from_reward_model: bool
 ) -> Roles:
-    """The critic on a trunk of its own, and without LoRA the reference too."""
+    """The critic on a trunk of its own, and without LoRA the reference too; with LoRA the critic's trunk is a
+    reward model that is no adapter on the policy.
+    """
     lora = uses_lora(config.adapter)
     frozen = load_options(config.model, engine, trained=False)
     reference = None if lora else load_causal_lm(config.policy, frozen)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, DynamicLayer
 
 # Positions by which the room grows.
-STRIDE = 64
+STRIDE = 16
 
 
 class RoomyLayer(DynamicLayer):

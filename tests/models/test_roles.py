@@ -128,6 +128,11 @@ def test_without_a_reward_model_of_the_same_tokenizer_values_start_at_zero(
         assert not roles.actor_critic.values(ROLLOUT).any()
     assert not roles.critic_from_reward_model
     assert all_gradients(roles).isfinite().all()
+    models = roles.actor_critic
+    assert models.critic is models.policy, "the critic is an adapter on the policy's base"
+    trained = {id(parameter) for parameter in models.policy_parameters()}
+    assert len(models.critic_parameters()) == len(trained) + 2
+    assert not trained & {id(parameter) for parameter in models.critic_parameters()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

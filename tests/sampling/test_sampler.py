@@ -109,6 +109,35 @@ def test_rows_do_not_depend_on_the_rows_beside_them(folder: Path, family: str) -
     assert [together.responses()[i] for i in order] == shuffled.responses()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_prompts_are_computed_once_and_sampled_apart(folder: Path, family: str) -> None:
+    model = load(folder, family)
+    eos = common_token(model)
+    prompts = [prompt for prompt in PROMPTS[:3] for _ in range(4)]
+    uniforms = draw_uniforms(12, 12, seed=3)
+    rows: list[int] = []
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda module, given, output: rows.append(len(given[0])))
+    together = sampled(model, prompts, Decoding(12), uniforms=uniforms, eos=eos)
+    handle.remove()
+    assert rows[0] == 3 and rows[1] > 3
+    alone = [
+        sampled(model, [prompt], Decoding(12), uniforms=uniforms[i : i + 1], eos=eos)
+        for i, prompt in enumerate(prompts)
+    ]
+    assert together.responses() == [row.responses()[0] for row in alone]
+    assert len({tuple(row) for row in together.responses()[:4]}) > 1
+
+
+def test_the_cache_may_grow_in_strides_of_any_size(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    eos = common_token(llama)
+    found = []
+    for stride in (16, 5, 1):
+        monkeypatch.setattr("rlhf.sampling.cache.STRIDE", stride)
+        found.append(sampled(llama, PROMPTS, Decoding(16), seed=2, eos=eos).responses())
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_behaviour_logprobs_are_the_learners_own(folder: Path, family: str, temperature: float) -> None:
