@@ -144,9 +144,9 @@ def test_entropy_ratio_and_approx_kl_are_means_over_real_tokens(
     mask = experience.rollout.response_mask
     assert not mask.all() and ratios.std() > 1e-3
 
-    def filled(rollout: Any, *, temperature: float) -> tuple[Tensor, Tensor]:
+    def filled(rollout: Any, **options: Any) -> tuple[Tensor, Tensor]:
         padding = ~rollout.response_mask
-        logprobs, entropies = original(rollout, temperature=temperature)
+        logprobs, entropies = original(rollout, **options)
         return logprobs.masked_fill(padding, 1.0), entropies.masked_fill(padding, 1.0)
 
     original = models.logprobs_and_entropy
