@@ -79,10 +79,9 @@ def sampler(spec: dict[str, Any]) -> dict[str, float]:
         settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "use_cache": True, "pad_token_id": 0}
         model.generate(tokens, attention_mask=torch.ones_like(tokens), **length, **settings)
 
-    found: dict[str, list[float]] = {"ours": [], "generate": []}
-    for name, function in (("ours", ours), ("generate", generate)):
-        found[name].append(_seconds(engine, function))
-    return {name: len(prompts) * decoding.max_new_tokens / min(times) for name, times in found.items()}
+    functions = {"ours": ours, "generate": generate}
+    num_tokens = len(prompts) * decoding.max_new_tokens
+    return {name: num_tokens / _seconds(engine, function) for name, function in functions.items()}
 
 
 def prepare(spec: dict[str, Any]) -> dict[str, float]:
