@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlhf.config import load_config
+from rlhf.engine import Engine
 from rlhf.models.roles import Roles
 from rlhf.numerics.advantages import leave_one_out
 from rlhf.ppo import Learner, PretrainingMix, build_experience
@@ -198,11 +199,31 @@ def test_a_value_head_on_the_policys_trunk_teaches_the_trunk(folder: Path, adapt
     assert len(moved) >= len(models.policy_parameters()) / 3
 
 
-def test_a_kl_that_is_not_finite_is_named_with_its_update(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_in_bfloat16_too_the_gradients_of_micro_batches_add_up(folder: Path, adapter: str) -> None:
+    config = settings(folder, adapter=adapter)
+    config.clip.grad_norm = 1e9
+    found = []
+    for micro_batch_size in (1, 6):
+        roles = roles_of(config)
+        models = roles.actor_critic
+        engine = Engine(torch.device("cpu"), torch.bfloat16, micro_batch_size)
+        learner = Learner(models, engine, config)
+        learner.optimizer = torch.optim.SGD(models.parameters(), lr=0.0)
+        learner.minibatch(experience_of(roles, config))
+        parameters = [*models.policy_parameters(), *models.critic_parameters()]
+        found.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+    assert len(found[0]) == sum(parameter.numel() for parameter in parameters)
+    assert (found[0] - found[1]).norm() < 0.05 * found[1].norm()
+
+
+def test_a_kl_that_is_not_finite_is_named_with_its_update(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = run_of(folder, tmp_path)
     run.step(1)
     reference = run.roles.reference.logprobs
-    run.roles.reference.logprobs = lambda *a, **k: reference(*a, **k) + float("nan")  # type: ignore[method-assign]
+    monkeypatch.setattr(run.roles.reference, "logprobs", lambda *a, **k: reference(*a, **k) + float("nan"))
     before = [parameter.clone() for parameter in run.models.parameters()]
     with pytest.raises(ValueError, match=r"^kl is nan at update 2: the run stops"):
         run.step(2)

@@ -52,7 +52,9 @@ class LeanLoraLinear(LoraLinear):
             return super().forward(x, *arguments, **more)
         name = active[0]
         dropout = self.lora_dropout[name]
-        if (self.training and getattr(dropout, "p", 0.0) > 0) or base.weight.requires_grad:
+        kind = x.device.type
+        cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != base.weight.dtype
+        if (self.training and getattr(dropout, "p", 0.0) > 0) or base.weight.requires_grad or cast:
             return super().forward(x)
         weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
         y = _Product.apply(

@@ -174,17 +174,15 @@ def _on_one_trunk(policy: Any, adapter: Path | None, config: Any, engine: Engine
 
     The critic's starts as the reward's; without one the critic starts as the base, with values of 0.
     """
+    score = None if adapter is None else load_score_head(config.critic).to(engine.device)
     models = _without_own_critic(policy, config, engine)
     if models is None:
         if adapter is None:
-            score = nn.Linear(policy.config.get_text_config().hidden_size, 1)
             add_adapter(policy, name="critic")
         else:
-            score = load_score_head(config.critic)
             read_adapter(policy, adapter, name="critic", trained=True)
-        value_head = _value_head(score, starts_at_zero=adapter is None).to(engine.device)
-        models = ActorCritic(policy, policy, value_head, critic_adapter="critic")
-    if adapter is None:
+        models = ActorCritic(policy, policy, _value_head(policy, score, engine), critic_adapter="critic")
+    if adapter is None or score is None:
         return Roles(models, Reference(None, policy), engine, critic_from_reward_model=False)
     read_adapter(policy, adapter, name="reward", trained=False)
     return Roles(
@@ -192,7 +190,7 @@ def _on_one_trunk(policy: Any, adapter: Path | None, config: Any, engine: Engine
         Reference(None, policy),
         engine,
         critic_from_reward_model=models.critic_adapter == "critic",
-        reward=RewardAdapter(policy, load_score_head(config.critic).to(engine.device)),
+        reward=RewardAdapter(policy, score),
         as_reward=functools.partial(acting, policy, "reward"),
     )
 
@@ -202,8 +200,7 @@ def _without_own_critic(policy: Any, config: Any, engine: Engine) -> ActorCritic
     if config.algo != "ppo":
         return ActorCritic(policy, None, None)
     if config.critic_trunk == "policy":
-        width = nn.Linear(policy.config.get_text_config().hidden_size, 1)
-        return ActorCritic(policy, policy, _value_head(width, starts_at_zero=True).to(engine.device))
+        return ActorCritic(policy, policy, _value_head(policy, None, engine))
     return None
 
 
@@ -223,19 +220,18 @@ def _on_own_trunks(
         critic = load_reward_model(config.critic, trained, key="critic")
     else:
         critic = new_reward_model(config.policy, trained)
-    value_head = _value_head(critic.score, starts_at_zero=not from_reward_model).to(engine.device)
+    value_head = _value_head(critic, critic.score if from_reward_model else None, engine)
     if lora:
         critic = add_lora(critic, config.adapter, task=None)
     else:
         critic.score.requires_grad_(False)
-    shares = lora and from_reward_model
     return Roles(
         ActorCritic(policy, critic, value_head),
         Reference(reference, policy),
         engine,
         from_reward_model,
-        reward=critic if shares else None,
-        as_reward=functools.partial(acting, critic, None) if shares else contextlib.nullcontext,
+        reward=critic if lora else None,
+        as_reward=functools.partial(acting, critic, None) if lora else contextlib.nullcontext,
     )
 
 
@@ -246,13 +242,13 @@ def _switch_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def _value_head(score: nn.Linear, *, starts_at_zero: bool) -> nn.Linear:
+def _value_head(model: Any, score: nn.Linear | None, engine: Engine) -> nn.Linear:
     """A linear layer (H -> 1) with bias, in float32, that starts as a score head or at 0."""
-    layer = nn.Linear(score.in_features, 1)
+    layer = nn.Linear(model.config.get_text_config().hidden_size if score is None else score.in_features, 1)
     with torch.no_grad():
         layer.bias.zero_()
-        layer.weight.copy_(torch.zeros(()) if starts_at_zero else score.weight.float())
-    return layer
+        layer.weight.copy_(torch.zeros(()) if score is None else score.weight.float())
+    return layer.to(engine.device)
 
 
 @contextlib.contextmanager
