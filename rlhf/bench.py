@@ -34,9 +34,10 @@ from rlhf.models.loading import (
     num_parameters,
     trunk,
 )
-from rlhf.models.roles import Roles, adapters_merged, build_roles
+from rlhf.models.roles import Roles, build_roles
 from rlhf.ppo import Learner, build_experience
 from rlhf.ppo_run import build_reward
+from rlhf.sampling.policy import ready_to_sample
 from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
 
 NEVER_ENDS = -1  # an EOS that no token is, so that every response has all its tokens
@@ -171,7 +172,7 @@ def _weights(module: Any) -> int:
 
 def _rollout(roles: Roles, prompts: list[list[int]], spec: dict[str, Any], *, seed: int) -> Rollout:
     policy, length = roles.actor_critic.policy, spec["response_tokens"]
-    with roles.engine.autocast(), adapters_merged(policy):
+    with ready_to_sample(policy, roles.engine):
         return sample(
             policy,
             prompts,
@@ -201,7 +202,10 @@ def _ppo_config(spec: dict[str, Any]) -> Any:
 
 
 def _engine(spec: dict[str, Any]) -> Engine:
-    return build_engine(_Settings(spec["engine"]), num_parameters(spec["model"]["path"]))
+    full_weights = spec.get("adapter") == "none"
+    return build_engine(
+        _Settings(spec["engine"]), num_parameters(spec["model"]["path"]), full_weights=full_weights
+    )
 
 
 def _options(spec: dict[str, Any], engine: Engine) -> LoadOptions:

@@ -9,7 +9,7 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,22 @@ import numpy as np
 import psutil
 import torch
 
-# Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length.
-TOKENS_PER_PASS = {"cpu": 512, "cuda": 16384}
+from rlhf import workers
 
-# Below this size a model gains nothing from bfloat16 on a processor and only loses digits.
-SMALLEST_BF16_MODEL = 20_000_000
+# Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length and to
+# hold a pass's activations. On a processor small models need more of them, and so do full weights, whose
+# gradients are as large for a short pass as for a long one.
+TOKENS_PER_PASS = 512
+TOKENS_PER_PASS_FULL_WEIGHTS = 1280
+TOKENS_PER_PASS_SMALL_MODEL = 4096
+TOKENS_PER_PASS_GPU = 16384
+
+# Passes that a processor computes side by side where nothing else is said: with full weights each of them
+# holds gradients of its own.
+MOST_WORKERS = 2
+
+# Parameters below which a model is small: bfloat16 on a processor gains it nothing and only loses digits.
+SMALL_MODEL = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,8 @@ class Engine:
     device: torch.device
     dtype: torch.dtype
     micro_batch_size: int | None = None
+    tokens_per_pass: int = TOKENS_PER_PASS
+    workers: int = 1
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products in `dtype`; nothing happens in float32."""
@@ -47,23 +60,42 @@ class Engine:
         """Rows of `lengths` tokens, sorted by length and cut into pieces that are computed at a time.
 
         A piece has at most `micro_batch_size` rows and, unless it is one row, no more tokens than
-        TOKENS_PER_PASS with its padding. Rows of like length go together, so little padding is computed.
+        `tokens_per_pass` with its padding. Rows of like length go together, so little padding is computed.
+        Where several workers share them they are evened out, if the limits allow.
         """
-        limit = TOKENS_PER_PASS.get(self.device.type, TOKENS_PER_PASS["cuda"])
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
         pieces: list[list[int]] = [[]]
-        for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            size = len(pieces[-1]) + 1
-            if size > (self.micro_batch_size or size) or (size > 1 and size * lengths[row] > limit):
+        for row in order:
+            if pieces[-1] and not self._fits([*pieces[-1], row], lengths):
                 pieces.append([])
             pieces[-1].append(row)
+        if self.workers > 1 and len(order) > 1:
+            pieces = self._evened(order, lengths, -(-len(pieces) // self.workers) * self.workers) or pieces
         return [torch.tensor(piece, dtype=torch.long) for piece in pieces]
 
+    def _fits(self, piece: Sequence[int], lengths: Sequence[int]) -> bool:
+        rows_fit = len(piece) <= (self.micro_batch_size or len(piece))
+        return rows_fit and (len(piece) == 1 or len(piece) * lengths[piece[-1]] <= self.tokens_per_pass)
 
-def build_engine(settings: Any, num_parameters: int) -> Engine:
-    """Choose device and number type from `engine.device` and `engine.dtype`.
+    def _evened(self, order: list[int], lengths: Sequence[int], count: int) -> list[list[int]] | None:
+        """The rows in `count` pieces of about as many tokens; None where the rows do not suffice or a piece
+        does not fit.
+        """
+        ends = np.cumsum([lengths[row] for row in order])
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count, side="right")
+        pieces = [piece.tolist() for piece in np.split(np.array(order), cuts)]
+        return pieces if all(piece and self._fits(piece, lengths) for piece in pieces) else None
+
+    def side_by_side(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """`function` of each item, in order, computed by `workers` threads."""
+        return workers.side_by_side(function, items, workers=self.workers, device=self.device.type)
+
+
+def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = False) -> Engine:
+    """Choose device, number type and the size of passes from the `engine` group.
 
     `auto` takes CUDA where there is one, and bfloat16 where the device computes it natively and the model has
-    at least 20 million parameters.
+    at least 20 million parameters. `full_weights`: all of the model's weights are trained.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -78,11 +110,23 @@ def build_engine(settings: Any, num_parameters: int) -> Engine:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an installed DeepSpeed need not look, and say so
     if settings.dtype == "auto":
-        use_bf16 = num_parameters >= SMALLEST_BF16_MODEL and has_native_bf16(device)
+        use_bf16 = num_parameters >= SMALL_MODEL and has_native_bf16(device)
         dtype = torch.bfloat16 if use_bf16 else torch.float32
     else:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-    return Engine(device, dtype, settings.micro_batch_size)
+    on_processor = device.type == "cpu"
+    tokens_per_pass = TOKENS_PER_PASS_GPU
+    if on_processor:
+        tokens_per_pass = TOKENS_PER_PASS_FULL_WEIGHTS if full_weights else TOKENS_PER_PASS
+        if num_parameters < SMALL_MODEL:
+            tokens_per_pass = TOKENS_PER_PASS_SMALL_MODEL
+    return Engine(
+        device,
+        dtype,
+        settings.micro_batch_size,
+        settings.tokens_per_pass or tokens_per_pass,
+        min(settings.workers or (MOST_WORKERS if on_processor else 1), torch.get_num_threads()),
+    )
 
 
 def has_native_bf16(device: torch.device) -> bool:

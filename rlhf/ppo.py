@@ -7,8 +7,9 @@ epochs.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ from rlhf.text import TextCodec
 from rlhf.training_state import permutation
 
 ADAM_EPSILON = 1e-5
+
+# What an optimizer step says of the policy, summed over micro-batches.
+POLICY_TERMS = ("policy_loss", "entropy", "ratio", "approx_kl", "clip_fraction")
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,24 @@ def build_experience(  # noqa: PLR0913 (a rollout, its scores, and what they are
     `baseline`, of REINFORCE, is a number or one a row (B,); None stands for the batch's mean reward.
     """
     models, engine = roles.actor_critic, roles.engine
-    shape, device = rollout.response_mask.shape, rollout.tokens.device
-    old, ref, value = (torch.zeros(shape, device=device) for _ in range(3))
-    with engine.autocast():  # around all pieces, so that trained weights are rounded once
-        for index in engine.micro_batches(rollout.lengths()):
-            piece = rollout.rows(index.to(device))
-            width = piece.response_mask.shape[1]
-            old[index, :width] = models.logprobs(piece, temperature=config.temperature)
-            ref[index, :width] = roles.reference.logprobs(piece, temperature=config.temperature)
-            if models.critic is not None:
-                value[index, :width] = models.values(piece)
+    device = rollout.tokens.device
+    rows = engine.micro_batches(rollout.lengths())
+    pieces = [rollout.rows(index.to(device)) for index in rows]
+
+    def compute(role: Callable[[Rollout], Tensor]) -> Tensor:
+        table = torch.zeros(rollout.response_mask.shape, device=device)
+        with engine.autocast():  # around all pieces, so that trained weights are rounded once
+            for index, found in zip(rows, engine.side_by_side(role, pieces), strict=True):
+                table[index, : found.shape[1]] = found
+        return table
+
+    old = compute(functools.partial(models.logprobs, temperature=config.temperature))
+    with roles.reference.acting():
+        ref = compute(functools.partial(roles.reference.logprobs, temperature=config.temperature))
+    value = torch.zeros_like(old)
+    if models.critic is not None:
+        with models.as_critic():
+            value = compute(models.values)
     mask = rollout.response_mask
     rewards = shaped_rewards(old, ref, scores, mask, kl_coef)
     if config.whiten_rewards:
@@ -173,14 +185,24 @@ class Learner:
         """
         denominator = batch.rollout.response_mask.sum()
         self.optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, float] = {}
-        with self.engine.autocast():  # around all pieces, so that trained weights are rounded once
-            for index in self.engine.micro_batches(batch.rollout.lengths()):
-                piece = batch.rows(index.to(batch.scores.device))
-                for name, value in self.backward(piece, denominator).items():
-                    totals[name] = totals.get(name, 0.0) + float(value)
-            if texts is not None:
-                totals["ptx_loss"] = self.backward_texts(texts)
+        pieces = [
+            batch.rows(index.to(batch.scores.device))
+            for index in self.engine.micro_batches(batch.rollout.lengths())
+        ]
+        terms = self.descend(functools.partial(self.policy_terms, denominator=denominator), pieces)
+        totals = dict(zip(POLICY_TERMS, terms, strict=True))
+        if self.models.critic is not None:
+            with self.models.as_critic():
+                value_terms = functools.partial(self.value_terms, denominator=denominator)
+                [totals["value_loss"]] = self.descend(value_terms, pieces)
+        if texts is not None:
+            num_tokens = texts.response_mask.sum()
+            rollouts = [
+                texts.rows(index.to(texts.tokens.device))
+                for index in self.engine.micro_batches(texts.lengths())
+            ]
+            text_terms = functools.partial(self.text_terms, denominator=num_tokens)
+            [totals["ptx_loss"]] = self.descend(text_terms, rollouts)
         norms = {
             "policy_grad_norm": torch.nn.utils.clip_grad_norm_(
                 self.models.policy_parameters(), self.config.clip.grad_norm
@@ -195,10 +217,36 @@ class Learner:
         self.optimizer.step()
         return totals
 
-    def backward(self, piece: Experience, denominator: Tensor) -> dict[str, Tensor]:
-        """Accumulate the gradients of policy and value loss of one micro-batch, each role's forward then
-        backward.
+    def descend(self, terms: Callable[[Any], Tensor], pieces: Sequence[Any]) -> list[float]:
+        """Accumulate the gradient of the sum over pieces of the first term; return the sums of the others.
+
+        Each worker goes through its pieces, one forward and backward after the other, and sums its own
+        gradients: the result does not depend on which is first.
         """
+        parameters = [*self.models.policy_parameters(), *self.models.critic_parameters()]
+        no_gradients: list[Tensor | None] = [None] * len(parameters)
+
+        def work(mine: Sequence[Any]) -> tuple[Tensor, list[Tensor | None]]:
+            totals, gradients = torch.zeros(()), no_gradients
+            for piece in mine:
+                found = terms(piece)
+                with self.engine.no_autocast():
+                    new = torch.autograd.grad(found[0], parameters, allow_unused=True)
+                gradients = _added(gradients, new)
+                totals = totals + found.detach().cpu()
+            return totals, gradients
+
+        shares = [pieces[k :: self.engine.workers] for k in range(min(self.engine.workers, len(pieces)))]
+        with self.engine.autocast():  # around all pieces, so that trained weights are rounded once
+            results = self.engine.side_by_side(work, shares)
+        for _, gradients in results:
+            sums = _added([parameter.grad for parameter in parameters], gradients)
+            for parameter, gradient in zip(parameters, sums, strict=True):
+                parameter.grad = gradient
+        return sum(totals for totals, _ in results)[1:].tolist()
+
+    def policy_terms(self, piece: Experience, *, denominator: Tensor) -> Tensor:
+        """What the policy minimises on one micro-batch, and its POLICY_TERMS."""
         config, mask = self.config, piece.rollout.response_mask
         logprobs, entropies = self.models.logprobs_and_entropy(
             piece.rollout, temperature=config.temperature, learn_entropy=config.entropy_coef > 0
@@ -207,37 +255,30 @@ class Learner:
             logprobs, piece.logprobs, piece.advantages, mask, clip=config.clip.policy, denominator=denominator
         )
         entropy = masked_mean(entropies, mask, denominator=denominator)
-        with self.engine.no_autocast():
-            (loss - config.entropy_coef * entropy).backward()
-        found = {
-            "policy_loss": loss.detach(),
-            "entropy": entropy.detach(),
-            "ratio": metrics["ratio_mean"],
-            "approx_kl": metrics["approx_kl"],
-            "clip_fraction": metrics["clip_fraction"],
-        }
-        if self.models.critic is None:
-            return found
-        with self.models.as_critic():
-            values = self.models.values(piece.rollout)
-            critic_loss = value_loss(
-                values, piece.values, piece.returns, mask, clip=config.clip.value, denominator=denominator
-            )
-            with self.engine.no_autocast():
-                (config.value_coef * critic_loss).backward()
-        return {**found, "value_loss": critic_loss.detach()}
+        shown = (loss, entropy, metrics["ratio_mean"], metrics["approx_kl"], metrics["clip_fraction"])
+        return torch.stack([loss - config.entropy_coef * entropy, *(term.detach() for term in shown)])
 
-    def backward_texts(self, texts: Rollout) -> float:
-        """Accumulate the gradient of `ptx_coef` times the texts' mean loss per token; return that loss."""
-        num_tokens, total = texts.response_mask.sum(), 0.0
-        for index in self.engine.micro_batches(texts.lengths()):
-            piece = texts.rows(index.to(texts.tokens.device))
-            logprobs = self.models.logprobs(piece, temperature=1.0)
-            loss = -masked_mean(logprobs, piece.response_mask, denominator=num_tokens)
-            with self.engine.no_autocast():
-                (self.config.ptx_coef * loss).backward()
-            total += float(loss.detach())
-        return total
+    def value_terms(self, piece: Experience, *, denominator: Tensor) -> Tensor:
+        """What the critic minimises on one micro-batch, and its loss."""
+        loss = value_loss(
+            self.models.values(piece.rollout),
+            piece.values,
+            piece.returns,
+            piece.rollout.response_mask,
+            clip=self.config.clip.value,
+            denominator=denominator,
+        )
+        return torch.stack([self.config.value_coef * loss, loss.detach()])
+
+    def text_terms(self, texts: Rollout, *, denominator: Tensor) -> Tensor:
+        """`ptx_coef` times the loss of texts per token, and that loss."""
+        logprobs = self.models.logprobs(texts, temperature=1.0)
+        loss = -masked_mean(logprobs, texts.response_mask, denominator=denominator)
+        return torch.stack([self.config.ptx_coef * loss, loss.detach()])
+
+
+def _added(sums: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [b if a is None else a if b is None else a + b for a, b in zip(sums, new, strict=True)]
 
 
 def check_finite(numbers: dict[str, float], step: int) -> None:

@@ -306,13 +306,15 @@ def _in_batches(  # noqa: PLR0913 (what is computed of what, and where)
     engine: Engine,
     bar: Any = None,
 ) -> Tensor:
-    results: list[Tensor] = [torch.empty(0)] * len(rows)
+    pieces = engine.micro_batches([len(row) for row in rows])
+
+    def compute(index: Tensor) -> Tensor:
+        tokens, mask = right_pad([rows[i] for i in index], pad_token_id)
+        values = function(model, tokens.to(engine.device), mask.to(engine.device))
+        if bar is not None:
+            bar.update(len(index))
+        return values
+
     with engine.autocast():
-        for index in engine.micro_batches([len(row) for row in rows]):
-            tokens, mask = right_pad([rows[i] for i in index], pad_token_id)
-            values = function(model, tokens.to(engine.device), mask.to(engine.device))
-            for i, value in zip(index.tolist(), values, strict=True):
-                results[i] = value
-            if bar is not None:
-                bar.update(len(index))
-    return torch.stack(results)
+        values = engine.side_by_side(compute, pieces)
+    return torch.cat(values)[torch.cat(pieces).argsort()]

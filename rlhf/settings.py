@@ -42,7 +42,9 @@ class Engine:
     device: str
     dtype: str
     micro_batch_size: int | None
+    tokens_per_pass: int | None
     threads: int | None
+    workers: int | None
 
 
 @dataclass

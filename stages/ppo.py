@@ -8,6 +8,7 @@ from typing import Any
 from rlhf.checkpoint import find_parent
 from rlhf.checks import print_checks
 from rlhf.engine import build_engine, seed_everything
+from rlhf.models.adapters import uses_lora
 from rlhf.models.loading import load_codec, num_parameters
 from rlhf.models.roles import build_roles
 from rlhf.ppo_run import PPORun, build_reward
@@ -28,7 +29,8 @@ def main(overrides: list[str]) -> None:
     for key, path in model_paths("reward", config.reward):
         parents.append(find_parent(key, path, kind="reward_model", force=config.force))
     seed_everything(config.seed)
-    engine = build_engine(config.engine, num_parameters(config.policy))
+    full_weights = not uses_lora(config.adapter)
+    engine = build_engine(config.engine, num_parameters(config.policy), full_weights=full_weights)
     codec = load_codec(config.policy, config.data)
     prompts = stage.read(config.data.prompts.ppo, "prompts", "data.prompts.ppo")
     demonstrations: Sequence[Any] = []

@@ -20,6 +20,7 @@ from rlhf.evaluation.rankings import (
     tfidf_gaps,
     untied_pairs,
 )
+from rlhf.models.adapters import uses_lora
 from rlhf.models.loading import check_context, load_codec, num_parameters
 from rlhf.numerics.ranking import calibration
 from rlhf.records import RankedList, prompt_key
@@ -59,7 +60,8 @@ def main(overrides: list[str]) -> None:
     )
     report_lists(stage, train_records, train, held_out_records, held_out)
 
-    engine = build_engine(config.engine, num_parameters(config.base))
+    full_weights = not uses_lora(config.adapter)
+    engine = build_engine(config.engine, num_parameters(config.base), full_weights=full_weights)
     check_margins(config, train.rows)
     stage.begin()
     run = RewardTraining(config, codec, engine, train.rows, folder)

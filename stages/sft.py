@@ -7,6 +7,7 @@ import json
 from rlhf.checkpoint import find_parent, write_text
 from rlhf.checks import print_checks
 from rlhf.engine import build_engine, seed_everything
+from rlhf.models.adapters import uses_lora
 from rlhf.models.loading import check_context, load_codec, num_parameters
 from rlhf.sft import SFT, sft_checks, tokenize
 from rlhf.training import full_precision, model_card, write_model
@@ -45,7 +46,8 @@ def main(overrides: list[str]) -> None:
         f"{rows.num_cut_responses} responses"
     )
 
-    engine = build_engine(config.engine, num_parameters(config.policy))
+    full_weights = not uses_lora(config.adapter)
+    engine = build_engine(config.engine, num_parameters(config.policy), full_weights=full_weights)
     stage.begin()
     run = SFT(config, codec, engine, {"train": rows.rows, "eval": eval_rows.rows}, folder)
     base_loss, loss = run.train(stage.state)

@@ -5,30 +5,46 @@ import random
 import pytest
 import torch
 
-from rlhf.engine import TOKENS_PER_PASS, Engine
+from rlhf.engine import Engine
+
+
+def engine(rows_at_most: int | None, tokens: int, workers: int) -> Engine:
+    return Engine(torch.device("cpu"), torch.float32, rows_at_most, tokens, workers)
+
 
 LENGTHS = [random.Random(1).randint(1, 700) for _ in range(200)]
 
 
 @pytest.mark.parametrize("rows_at_most", [None, 1, 3, 64])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_pieces_hold_every_row_once_in_order_of_length(device: str, rows_at_most: int | None) -> None:
-    pieces = Engine(torch.device(device), torch.float32, rows_at_most).micro_batches(LENGTHS)
+@pytest.mark.parametrize("tokens", [512, 16384])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_pieces_hold_every_row_once_in_order_of_length(
+    tokens: int, rows_at_most: int | None, workers: int
+) -> None:
+    pieces = engine(rows_at_most, tokens, workers).micro_batches(LENGTHS)
     order = torch.cat(pieces).tolist()
     assert sorted(order) == list(range(len(LENGTHS)))
     assert [LENGTHS[i] for i in order] == sorted(LENGTHS)
     for piece in pieces:
         padded = len(piece) * max(LENGTHS[i] for i in piece)
         assert len(piece) <= (rows_at_most or len(LENGTHS))
-        assert len(piece) == 1 or padded <= TOKENS_PER_PASS[device]
+        assert len(piece) == 1 or padded <= tokens
 
 
 def test_pieces_are_as_full_as_the_limits_allow() -> None:
-    engine = Engine(torch.device("cpu"), torch.float32)
-    assert [len(piece) for piece in engine.micro_batches([TOKENS_PER_PASS["cpu"] // 4] * 10)] == [4, 4, 2]
-    assert [len(piece) for piece in engine.micro_batches([10 * TOKENS_PER_PASS["cpu"]] * 3)] == [1, 1, 1]
-    assert [len(piece) for piece in Engine(engine.device, engine.dtype, 2).micro_batches([1] * 5)] == [
-        2,
-        2,
-        1,
-    ]
+    def sizes(rows_at_most: int | None, lengths: list[int]) -> list[int]:
+        return [len(piece) for piece in engine(rows_at_most, 512, 1).micro_batches(lengths)]
+
+    assert sizes(None, [128] * 10) == [4, 4, 2]
+    assert sizes(None, [5120] * 3) == [1, 1, 1]
+    assert sizes(2, [1] * 5) == [2, 2, 1]
+
+
+def test_every_worker_gets_as_much_as_the_others() -> None:
+    def sizes(workers: int, tokens: int, lengths: list[int]) -> list[int]:
+        return [len(piece) for piece in engine(None, tokens, workers).micro_batches(lengths)]
+
+    assert sizes(2, 512, [80] * 32) == [5, 5, 6, 5, 5, 6]
+    assert sizes(2, 4096, [80] * 32) == [16, 16]
+    assert sizes(2, 4096, [10] * 12 + [60, 60]) == [12, 2]
+    assert sizes(3, 4096, [80] * 2) == [2], "the rows do not suffice"

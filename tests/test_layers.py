@@ -17,6 +17,7 @@ LAYERS = {
     "config": 1,
     "batches": 1,
     "checks": 1,
+    "workers": 1,
     "sources": 2,
     "records": 2,
     "rows": 2,

@@ -61,9 +61,10 @@ def settings(folder: Path, *, family: str = "llama", adapter: str = "none", **mo
     return config
 
 
-def roles_of(config: Any, micro_batch_size: int | None = None) -> Roles:
+def roles_of(config: Any, micro_batch_size: int | None = None, workers: int = 1) -> Roles:
     torch.manual_seed(0)
-    return build_roles(config, Engine(torch.device("cpu"), torch.float32, micro_batch_size))
+    engine = Engine(torch.device("cpu"), torch.float32, micro_batch_size, workers=workers)
+    return build_roles(config, engine)
 
 
 def experience_of(roles: Roles, config: Any, *, seed: int = 0, kl_coef: float = 0.1) -> Experience:
@@ -157,14 +158,15 @@ def test_every_episode_is_learned_from_once_an_epoch(folder: Path, monkeypatch: 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
-def test_micro_batches_change_no_metric_and_no_weight(
-    folder: Path, adapter: str, micro_batch_size: int
+@pytest.mark.parametrize("workers", [1, 2])
+def test_micro_batches_and_workers_change_no_metric_and_no_weight(
+    folder: Path, adapter: str, micro_batch_size: int, workers: int
 ) -> None:
     # The responses differ in length, so a mean over micro-batches' means would differ.
     config = settings(folder, adapter=adapter, epochs=1)
     results = []
     for size in (None, micro_batch_size):
-        roles = roles_of(config, micro_batch_size=size)
+        roles = roles_of(config, micro_batch_size=size, workers=workers if size else 1)
         experience = experience_of(roles, config)
         assert len({len(row) for row in experience.rollout.responses()}) > 1
         learner = Learner(roles.actor_critic, roles.engine, config)

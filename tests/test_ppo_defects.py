@@ -97,13 +97,13 @@ def test_whitening_is_over_the_whole_batch_not_pieces(folder: Path, monkeypatch:
     assert max(pieces) > 0.1, "every piece has mean 0 already: the test shows nothing"
 
     learned: list[Tensor] = []
-    backward = Learner.backward
+    policy_terms = Learner.policy_terms
 
-    def record(learner: Learner, piece: Any, denominator: Tensor) -> dict[str, Tensor]:
+    def record(learner: Learner, piece: Any, *, denominator: Tensor) -> Tensor:
         learned.append(piece.advantages[piece.rollout.response_mask])
-        return backward(learner, piece, denominator)
+        return policy_terms(learner, piece, denominator=denominator)
 
-    monkeypatch.setattr(Learner, "backward", record)
+    monkeypatch.setattr(Learner, "policy_terms", record)
     monkeypatch.setattr("rlhf.ppo.policy_loss", noted(learned))
     Learner(roles.actor_critic, roles.engine, config).update(experience, step=1)
     assert len(learned) == 6
@@ -164,13 +164,13 @@ def test_the_last_batch_steps_once_however_many_micro_batches_it_has(
     roles = roles_of(config, micro_batch_size=2)
     learner = Learner(roles.actor_critic, roles.engine, config)
     events: list[Any] = []
-    backward = learner.backward
+    policy_terms = learner.policy_terms
 
-    def record(piece: Any, denominator: Tensor) -> dict[str, Tensor]:
+    def record(piece: Any, *, denominator: Tensor) -> Tensor:
         events.append(len(piece.scores))
-        return backward(piece, denominator)
+        return policy_terms(piece, denominator=denominator)
 
-    monkeypatch.setattr(learner, "backward", record)
+    monkeypatch.setattr(learner, "policy_terms", record)
     learner.optimizer.register_step_post_hook(lambda *_: events.append("step"))
     learner.update(experience_of(roles, config), step=1)
     assert events == [2, 1, "step"] * 4

@@ -109,13 +109,15 @@ def reference_logprobs(
         [codec.encode_prompt(g.prompt) for g in generations], codec.pad_token_id, engine.device
     )
     rollout = join(prompts, [g.tokens for g in generations], codec.pad_token_id)
-    totals = torch.zeros(len(generations))
-    for index in engine.micro_batches(rollout.lengths()):
+    pieces = engine.micro_batches(rollout.lengths())
+
+    def total(index: torch.Tensor) -> torch.Tensor:
         piece = rollout.rows(index.to(engine.device))
-        with engine.autocast():
-            logprobs = response_logprobs(reference.model, piece, temperature=temperature)
-        totals[index] = logprobs.sum(1).cpu()
-    return totals.tolist()
+        return response_logprobs(reference.model, piece, temperature=temperature).sum(1).cpu()
+
+    with engine.autocast():
+        totals = engine.side_by_side(total, pieces)
+    return torch.cat(totals)[torch.cat(pieces).argsort()].tolist()
 
 
 def save_generations(path: Path, generations: Sequence[Generation]) -> None:

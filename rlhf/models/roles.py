@@ -107,13 +107,16 @@ class Reference:
         self.model = model
         self.policy = policy
 
+    def acting(self) -> contextlib.AbstractContextManager[None]:
+        """Around passes that run side by side: adapters are switched for all threads at once."""
+        return acting(self.policy, None) if self.model is None else contextlib.nullcontext()
+
     @torch.no_grad()
     def logprobs(self, rollout: Rollout, *, temperature: float) -> Tensor:
         """Log-probs (B, R) of the response tokens under the reference."""
-        if self.model is not None:
-            return response_logprobs(self.model, rollout, temperature=temperature)
-        with acting(self.policy, None):
-            return response_logprobs(self.policy, rollout, temperature=temperature)
+        with self.acting():
+            model = self.policy if self.model is None else self.model
+            return response_logprobs(model, rollout, temperature=temperature)
 
 
 class RewardAdapter(nn.Module):

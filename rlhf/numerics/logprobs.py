@@ -50,8 +50,12 @@ def _default_chunk(logits: Tensor) -> int:
     return max(1, CHUNK_FLOATS // logits.shape[-1])
 
 
+def _cooled(rows: Tensor, temperature: float) -> Tensor:
+    return rows.float() if temperature == 1 else rows.float() / temperature
+
+
 def _row_entropy(rows: Tensor, temperature: float) -> Tensor:
-    logprobs = torch.log_softmax(rows.float() / temperature, dim=-1)
+    logprobs = torch.log_softmax(_cooled(rows, temperature), dim=-1)
     # the clamp makes a token that was ruled out add 0, not 0 * inf
     return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
 
@@ -66,7 +70,7 @@ class _TokenLogprobs(torch.autograd.Function):
         chosen = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
         for start in range(0, len(tokens), chunk):
             piece = slice(start, start + chunk)
-            logprobs = torch.log_softmax(logits[piece].float() / temperature, dim=-1)
+            logprobs = torch.log_softmax(_cooled(logits[piece], temperature), dim=-1)
             chosen[piece] = logprobs.gather(1, tokens[piece, None])[:, 0]
         return chosen
 
@@ -78,7 +82,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_logits = torch.zeros_like(logits)
         for rows in grad.nonzero()[:, 0].split(ctx.chunk):
             scale = grad[rows, None] / ctx.temperature
-            piece = torch.softmax(logits[rows].float() / ctx.temperature, dim=-1).mul_(-scale)
+            piece = torch.softmax(_cooled(logits[rows], ctx.temperature), dim=-1).mul_(-scale)
             piece.scatter_add_(1, tokens[rows, None], scale)
             grad_logits[rows] = piece.to(grad_logits.dtype)
         return grad_logits, None, None, None

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.batches import Rollout
 from rlhf.engine import Engine
+from rlhf.models.packed import packed
 from rlhf.models.roles import adapters_merged
 from rlhf.records import Prompt
 from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
 from rlhf.text import TextCodec
+
+
+@contextlib.contextmanager
+def ready_to_sample(model: Any, engine: Engine) -> Iterator[None]:
+    """The engine's number type, adapters merged, and weights laid out for products of few rows."""
+    with engine.autocast(), adapters_merged(model), packed(model, engine):
+        yield
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Policy:
     def respond(self, prompts: Sequence[Prompt], decoding: Decoding, *, seed: int) -> Rollout:
         """Sample one response per prompt, adapters merged meanwhile; seed and place decide a row's tokens."""
         tokens = [self.codec.encode_prompt(prompt) for prompt in prompts]
-        with self.engine.autocast(), adapters_merged(self.model):
+        with ready_to_sample(self.model, self.engine):
             return sample(
                 self.model,
                 tokens,
