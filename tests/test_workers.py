@@ -63,7 +63,12 @@ def test_an_error_of_any_thread_is_raised_after_all_have_ended() -> None:
 def test_weights_are_rounded_once_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: list[int] = []
     clear = torch.clear_autocast_cache
-    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: (cleared.append(1), clear()))
+
+    def note() -> None:
+        cleared.append(1)
+        clear()
+
+    monkeypatch.setattr(torch, "clear_autocast_cache", note)
 
     def function(x: Tensor) -> None:
         y = LAYER(x)
