@@ -68,24 +68,11 @@ def build_experience(  # noqa: PLR0913 (a rollout, its scores, and what they are
     `baseline`, of REINFORCE, is a number or one a row (B,); None stands for the batch's mean reward.
     """
     models, engine = roles.actor_critic, roles.engine
-    device = rollout.tokens.device
-    rows = engine.micro_batches(rollout.lengths())
-    pieces = [rollout.rows(index.to(device)) for index in rows]
-
-    def compute(role: Callable[[Rollout], Tensor]) -> Tensor:
-        table = torch.zeros(rollout.response_mask.shape, device=device)
-        with engine.autocast():  # around all pieces, so that trained weights are rounded once
-            for index, found in zip(rows, engine.side_by_side(role, pieces), strict=True):
-                table[index, : found.shape[1]] = found
-        return table
-
-    old = compute(functools.partial(models.logprobs, temperature=config.temperature))
-    with roles.reference.acting():
-        ref = compute(functools.partial(roles.reference.logprobs, temperature=config.temperature))
+    old, ref = policy_and_reference(roles, rollout, temperature=config.temperature)
     value = torch.zeros_like(old)
     if models.critic is not None:
         with models.as_critic():
-            value = compute(models.values)
+            value = _of_all_rows(models.values, rollout, engine)
     mask = rollout.response_mask
     rewards = shaped_rewards(old, ref, scores, mask, kl_coef)
     if config.whiten_rewards:
@@ -98,6 +85,28 @@ def build_experience(  # noqa: PLR0913 (a rollout, its scores, and what they are
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     return Experience(rollout, old, ref, value, rewards, advantages, returns, scores)
+
+
+@torch.no_grad()
+def policy_and_reference(roles: Roles, rollout: Rollout, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs (B, R) of a rollout under the policy and under the reference."""
+    policy = functools.partial(roles.actor_critic.logprobs, temperature=temperature)
+    reference = functools.partial(roles.reference.logprobs, temperature=temperature)
+    old = _of_all_rows(policy, rollout, roles.engine)
+    with roles.reference.acting():
+        return old, _of_all_rows(reference, rollout, roles.engine)
+
+
+def _of_all_rows(role: Callable[[Rollout], Tensor], rollout: Rollout, engine: Engine) -> Tensor:
+    """What a role says (B, R) of a rollout, computed in micro-batches."""
+    device = rollout.tokens.device
+    rows = engine.micro_batches(rollout.lengths())
+    pieces = [rollout.rows(index.to(device)) for index in rows]
+    table = torch.zeros(rollout.response_mask.shape, device=device)
+    with engine.autocast():  # around all pieces, so that trained weights are rounded once
+        for index, found in zip(rows, engine.side_by_side(role, pieces), strict=True):
+            table[index, : found.shape[1]] = found
+    return table
 
 
 def _sequence_advantages(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import shutil
 import signal
 import threading
 import time
@@ -16,12 +18,13 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import Experience, Rollout
-from rlhf.checkpoint import StageFolder
+from rlhf.checkpoint import StageFolder, new_folder
 from rlhf.checks import Check, all_passed, print_checks
 from rlhf.engine import Engine
 from rlhf.metrics import MetricLog, cut_lines_after, progress
 from rlhf.models.roles import Roles
-from rlhf.numerics.kl import AdaptiveKL, FixedKL
+from rlhf.numerics.kl import AdaptiveKL, FixedKL, k1
+from rlhf.numerics.masked import zero_rest
 from rlhf.ppo import (
     Learner,
     MissingEos,
@@ -30,16 +33,24 @@ from rlhf.ppo import (
     check_finite,
     experience_metrics,
     final_scores,
+    policy_and_reference,
 )
 from rlhf.records import Demonstration, PromptRecord
 from rlhf.rewards import RewardModelScorer, build_scorer, score_samples
 from rlhf.sampling.policy import Policy
 from rlhf.sampling.sampler import Decoding
 from rlhf.text import TextCodec
-from rlhf.training_state import load_training_state, permutation, save_training_state
+from rlhf.training_state import (
+    load_trained_weights,
+    load_training_state,
+    permutation,
+    save_trained_weights,
+    save_training_state,
+)
 
 NUM_SHOWN_SAMPLES = 4
 MEAN_DECAY = 0.9  # of REINFORCE's moving baseline, per update
+EVAL_SEED = 1_000_000_007  # beside the run's own seed, for the choice of held-out prompts
 
 
 def build_reward(config: Any, engine: Engine, roles: Roles) -> Any:
@@ -51,6 +62,23 @@ def build_reward(config: Any, engine: Engine, roles: Roles) -> Any:
 
     codec = load_codec(config.critic, config.data)
     return RewardModelScorer(roles.reward, codec, engine, name=spec["path"], acting=roles.as_reward)
+
+
+def _split(
+    prompts: Sequence[PromptRecord], config: Any
+) -> tuple[Sequence[PromptRecord], Sequence[PromptRecord]]:
+    """The prompts to train on, and those that only evaluations see."""
+    if not config.eval_every:
+        return prompts, []
+    if len(prompts) <= config.eval_prompts:
+        raise ValueError(
+            f"eval_prompts={config.eval_prompts} of {len(prompts)} prompts leave none to train on: "
+            "give fewer, or more in data.prompts.ppo"
+        )
+    order = permutation(len(prompts), config.seed, EVAL_SEED).tolist()
+    held_out = set(order[: config.eval_prompts])
+    parts = [[p for i, p in enumerate(prompts) if (i in held_out) == held] for held in (False, True)]
+    return parts[0], parts[1]
 
 
 def _moved(mean: float | None, reward: float) -> float:
@@ -97,7 +125,8 @@ class PPORun:
         demonstrations: Sequence[Demonstration] = (),
     ) -> None:
         self.config, self.codec, self.engine, self.folder = config, codec, roles.engine, folder
-        self.roles, self.models, self.reward, self.prompts = roles, roles.actor_critic, reward, prompts
+        self.roles, self.models, self.reward = roles, roles.actor_critic, reward
+        self.prompts, self.eval_prompts = _split(prompts, config)
         self.policy = Policy(self.models.policy, codec, roles.engine)
         mix = PretrainingMix(demonstrations, codec, roles.engine.device) if demonstrations else None
         self.learner = Learner(self.models, roles.engine, config, mix=mix)
@@ -107,6 +136,7 @@ class PPORun:
         self.kl = AdaptiveKL(kl.coef, kl.target, kl.horizon) if adaptive else FixedKL(kl.coef)
         self.decoding = Decoding(config.data.max_response_tokens, temperature=config.temperature)
         self.missing_eos = MissingEos(config.missing_eos_score, config.missing_eos_penalty)
+        self.best: dict[str, float] = {}
         self.start_checks: list[Check] = []
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
@@ -127,6 +157,8 @@ class PPORun:
         with contextlib.closing(bar), contextlib.closing(log), interrupts_held() as interrupted:
             for step in range(done + 1, config.updates + 1):
                 metrics, seconds = self.step(step)
+                if self.eval_prompts and (step % config.eval_every == 0 or step == config.updates):
+                    metrics |= self.evaluate(step)
                 log.write(step, metrics, seconds)
                 bar.update(config.batch_size)
                 bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("score", "kl", "length")})
@@ -134,6 +166,13 @@ class PPORun:
                     self.save(step)
                 if interrupted:
                     raise KeyboardInterrupt
+        if self.best.get("step", config.updates) != config.updates:
+            load_trained_weights(self.best_folder(), self.models)
+            print(
+                "the model is the policy of update {step:.0f}, of held-out reward {reward:.2f}".format(
+                    **self.best
+                )
+            )
         return self.checks()
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -177,6 +216,30 @@ class PPORun:
         orders = {p // total: permutation(total, self.config.seed, p // total) for p in positions}
         chosen = [self.prompts[int(orders[p // total][p % total])] for p in positions]
         return [record for record in chosen for _ in range(repeats)]
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Score, KL per sequence and reward (score less `kl.coef` times KL) on the held-out prompts, always
+        with the same random numbers; the weights of the best reward are kept.
+        """
+        found: list[Tensor] = []
+        for start in range(0, len(self.eval_prompts), self.config.batch_size):
+            records = self.eval_prompts[start : start + self.config.batch_size]
+            seed = self.config.seed * 1_000_003 + start
+            rollout = self.policy.respond([record.prompt for record in records], self.decoding, seed=seed)
+            old, ref = policy_and_reference(self.roles, rollout, temperature=self.config.temperature)
+            kl = zero_rest(k1(old, ref), rollout.response_mask).sum(1)
+            found.append(torch.stack([self.scores(records, rollout), kl]).cpu())
+        score, kl = torch.cat(found, dim=1).mean(1).tolist()
+        reward = score - self.config.kl.coef * kl
+        if reward > self.best.get("reward", -math.inf):
+            self.best = {"step": step, "reward": reward}
+            with new_folder(self.best_folder()) as folder:
+                save_trained_weights(folder, self.models)
+        return {"eval_score": score, "eval_kl": kl, "eval_reward": reward}
+
+    def best_folder(self) -> Path:
+        """Where the weights of the best evaluation lie."""
+        return self.folder.path / "state" / f"best_{self.best['step']:.0f}"
 
     def baseline(self, records: Sequence[PromptRecord]) -> Tensor | float | None:
         """What REINFORCE takes off the rewards; None before there are past ones: this batch's mean.
@@ -280,18 +343,22 @@ class PPORun:
             "step": step,
             "kl": self.kl.state_dict(),
             "mean_reward": self.mean_reward,
+            "best": self.best,
             "start_checks": [asdict(check) for check in self.start_checks],
             "first": self.first,
             "last": self.last,
         }
         with self.folder.new_state(step, keep_last=self.config.keep_last) as folder:
             save_training_state(folder, self.models, self.learner.optimizer, values)
+        for old in (self.folder.path / "state").glob("best_*"):
+            if old != self.best_folder():
+                shutil.rmtree(old)
 
     def restore(self, state: Path) -> int:
         """Continue from a state; returns the number of updates it holds."""
         values = load_training_state(state, self.models, self.learner.optimizer)
         self.kl.load_state_dict(values["kl"])
-        self.mean_reward = values["mean_reward"]
+        self.mean_reward, self.best = values["mean_reward"], values["best"]
         self.start_checks = [Check(**check) for check in values["start_checks"]]
         self.first, self.last = values["first"], values["last"]
         print(f"resuming after update {values['step']}", flush=True)

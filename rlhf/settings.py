@@ -230,6 +230,8 @@ class PPOConfig(StageConfig):
     save_every: int
     keep_last: int
     sample_every: int
+    eval_every: int | None
+    eval_prompts: int
 
 
 @dataclass

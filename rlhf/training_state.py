@@ -20,8 +20,7 @@ def save_training_state(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, values: dict[str, Any]
 ) -> None:
     """Write the trained parameters, the optimizer's state, all random generators and plain `values`."""
-    weights = {name: p.detach().contiguous() for name, p in module.named_parameters() if p.requires_grad}
-    save_file(weights, folder / "weights.safetensors")
+    save_trained_weights(folder, module)
     moments = {
         f"{index}.{name}": torch.as_tensor(value).detach().contiguous()
         for index, state in optimizer.state_dict()["state"].items()
@@ -39,18 +38,7 @@ def save_training_state(
 
 def load_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put back what `save_training_state` wrote and return its `values`."""
-    weights = load_file(folder / "weights.safetensors")
-    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    shapes = {(name, tensor.shape) for name, tensor in weights.items()}
-    differing = sorted({name for name, _ in shapes ^ {(name, p.shape) for name, p in trained.items()}})
-    if differing:
-        raise ValueError(
-            f"{folder} holds the state of another model: {', '.join(differing[:3])} ... differ; "
-            "resume with the settings it was written with, or start again with overwrite=true"
-        )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
+    load_trained_weights(folder, module)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
@@ -67,6 +55,28 @@ def load_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
     cuda = [tensors[f"cuda.{i}"] for i in range(sum(key.startswith("cuda.") for key in tensors))]
     restore_random_state(generators | ({"cuda": cuda} if cuda else {}))
     return saved["values"]
+
+
+def save_trained_weights(folder: Path, module: nn.Module) -> None:
+    """Write the trained parameters alone."""
+    weights = {name: p.detach().contiguous() for name, p in module.named_parameters() if p.requires_grad}
+    save_file(weights, folder / "weights.safetensors")
+
+
+def load_trained_weights(folder: Path, module: nn.Module) -> None:
+    """Put back what `save_trained_weights` wrote; raises ValueError where the model is another."""
+    weights = load_file(folder / "weights.safetensors")
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    shapes = {(name, tensor.shape) for name, tensor in weights.items()}
+    differing = sorted({name for name, _ in shapes ^ {(name, p.shape) for name, p in trained.items()}})
+    if differing:
+        raise ValueError(
+            f"{folder} holds the state of another model: {', '.join(differing[:3])} ... differ; "
+            "resume with the settings it was written with, or start again with overwrite=true"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
 
 
 def permutation(size: int, *seed: int) -> np.ndarray[Any, Any]:

@@ -54,8 +54,11 @@ def main(overrides: list[str]) -> None:
         "kl.coef": config.kl.coef,
         **{name: f"{value:.3f}" for name, value in run.last.items() if name in ("score", "kl", "length")},
     }
+    results = dict(run.last)
+    if run.best:
+        facts["kept update"] = results["kept_update"] = run.best["step"]
     write_model(folder, model, codec.tokenizer, model_card("PPO policy", base=parents[0].path, facts=facts))
-    folder.finish("policy", parents=parents, checks=checks, results=run.last, **stage.cost(), **stage.facts)
+    folder.finish("policy", parents=parents, checks=checks, results=results, **stage.cost(), **stage.facts)
     folder.drop_states()
     print_checks(checks)
     print(

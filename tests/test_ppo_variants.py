@@ -17,7 +17,7 @@ from rlhf.ppo import Learner, PretrainingMix, build_experience
 from rlhf.records import Demonstration
 from rlhf.text import TextCodec
 from tests.models.families import word_tokenizer, write_family
-from tests.test_ppo import RECORDS, experience_of, roles_of, run_of, settings
+from tests.test_ppo import RECORDS, experience_of, roles_of, run_of, settings, weights
 
 TEXTS = [Demonstration("w1 w5", "w7 w8"), Demonstration("w2", "w9"), Demonstration("w3 w4", "w7 w7 w1")]
 
@@ -245,3 +245,49 @@ def test_settings_that_do_not_fit_are_refused(words: list[str], named: str) -> N
     with pytest.raises(ValueError) as error:
         load_config("ppo", [*words, "batch_size=32"])
     assert named in str(error.value)
+
+
+def test_the_policy_of_the_best_evaluation_is_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(folder, tmp_path, updates=5, eval_every=1, eval_prompts=3, save_every=2)
+    held_out = {record.prompt for record in run.eval_prompts}
+    trained = {record.prompt for step in range(1, 9) for record in run.prompts_of(step)}
+    assert len(held_out) == 3 and held_out | trained == {record.prompt for record in RECORDS}
+    assert not held_out & trained
+    scores, marks, states = run.scores, [0.3, 0.9, 0.5, 0.9, 0.1], []
+
+    def rigged(records: Any, rollout: Any) -> torch.Tensor:
+        if records[0] not in run.eval_prompts:
+            return scores(records, rollout)
+        states.append(weights(run.models))
+        return torch.full((len(records),), 100 * marks[len(states) - 1])
+
+    monkeypatch.setattr(run, "scores", rigged)
+    run.train(None)
+    lines = [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["eval_score"] for line in lines] == pytest.approx([100 * mark for mark in marks])
+    for line in lines:
+        expected = line["eval_score"] - run.config.kl.coef * line["eval_kl"]
+        assert line["eval_reward"] == pytest.approx(expected)
+    best = max(lines, key=lambda line: line["eval_reward"])
+    assert best["step"] in (2, 4) and run.best == {"step": best["step"], "reward": best["eval_reward"]}
+    kept = weights(run.models)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in states[best["step"] - 1].items())
+    assert not all(torch.equal(kept[name], tensor) for name, tensor in states[-1].items())
+
+
+def test_an_evaluation_changes_no_update(folder: Path, tmp_path: Path) -> None:
+    plain, watched = (
+        run_of(folder, tmp_path / "a"),
+        run_of(folder, tmp_path / "b", eval_every=1, eval_prompts=2),
+    )
+    watched.prompts = plain.prompts
+    for step in (1, 2):
+        assert plain.step(step)[0] == watched.step(step)[0]
+        watched.evaluate(step)
+
+
+def test_held_out_prompts_that_leave_none_to_train_on_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"eval_prompts=\d+ of \d+ prompts leave none to train on"):
+        run_of(folder, tmp_path, eval_every=1, eval_prompts=len(RECORDS))
