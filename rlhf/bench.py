@@ -20,10 +20,17 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.batches import Rollout
+from rlhf.batches import Rollout, join, left_pad
 from rlhf.checkpoint import hash_weights
 from rlhf.config import load_config
-from rlhf.engine import Engine, build_engine, held_memory, peak_memory, seed_everything
+from rlhf.engine import (
+    Engine,
+    build_engine,
+    held_memory,
+    memory_limit,
+    peak_memory,
+    seed_everything,
+)
 from rlhf.models.adapters import add_lora, merged_copy
 from rlhf.models.loading import (
     LoadOptions,
@@ -73,7 +80,8 @@ def sampler(spec: dict[str, Any]) -> dict[str, float]:
 
     def ours() -> None:
         uniforms = draw_uniforms(len(prompts), decoding.max_new_tokens, 0)
-        sample(model, prompts, decoding, eos_token_id=NEVER_ENDS, pad_token_id=0, uniforms=uniforms)
+        with ready_to_sample(model, engine):
+            sample(model, prompts, decoding, eos_token_id=NEVER_ENDS, pad_token_id=0, uniforms=uniforms)
 
     def generate() -> None:
         length = {"max_new_tokens": decoding.max_new_tokens, "min_new_tokens": decoding.max_new_tokens}
@@ -140,6 +148,31 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
         "memory_gib": memory,
         "peak_memory_gib": peak_memory(spec["engine"]["device"]) / 2**30,
     }
+
+
+def passes(spec: dict[str, Any]) -> dict[str, Any]:
+    """Tokens learned from a second, and peak memory, with passes of `engine.tokens_per_pass` tokens."""
+    config = _ppo_config(spec)
+    seed_everything(config.seed)
+    engine = _engine(spec)
+    room = memory_limit(spec["engine"]["device"])
+    try:
+        roles = build_roles(config, engine)
+        learner = Learner(roles.actor_critic, engine, config)
+        prompts = left_pad(_prompts(spec), 0, engine.device)
+        responses = _prompts({**spec, "prompt_tokens": spec["response_tokens"]})
+        rollout = join(prompts, responses, 0)
+        scores = torch.randn(len(responses), device=engine.device)
+        experience = build_experience(roles, rollout, scores, config=config, kl_coef=config.kl.coef)
+        learner.minibatch(experience)
+        clock = _Clock(engine)
+        clock.run("learn", learner.minibatch, experience)
+    except torch.OutOfMemoryError:
+        return {"fits": False}
+    tokens = rollout.attention_mask.numel()
+    peak = peak_memory(spec["engine"]["device"]) / 2**30
+    rate = 2 * tokens / clock.seconds["learn"]
+    return {"fits": True, "tokens_per_s": rate, "peak_memory_gib": peak, "memory_gib": room}
 
 
 def _rates(roles: Roles, spec: dict[str, Any], tokens: int, seconds: dict[str, float]) -> dict[str, float]:
@@ -266,6 +299,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "sampler": sampler,
     "prepare": prepare,
     "ppo": ppo,
+    "passes": passes,
 }
 
 if __name__ == "__main__":

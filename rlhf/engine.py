@@ -145,6 +145,15 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory_limit(device: str) -> float:
+    """GiB that a process may come to hold: those of the GPU where `engine.device` leads there, else those
+    that are free now.
+    """
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    return psutil.virtual_memory().available / 2**30
+
+
 def held_memory(device: str) -> int:
     """The bytes held now: on the GPU where `engine.device` leads there, else by this process."""
     if device != "cpu" and torch.cuda.is_available():

@@ -263,6 +263,7 @@ class BenchConfig:
     response_tokens: int
     epochs: int
     updates: int
+    find_tokens_per_pass: bool
     peer: str | None
 
 

@@ -21,6 +21,7 @@ from stages.common import resolved
 
 TRL_PPO_WHEEL = ("trl", "1.12.0", "9c8f117b21a941edbc85744f5a341c9453d38e81f24ae81d3c6e9b9ca3b96409")
 ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+SMALLEST_PASS = 256
 PHASES = ("sample", "score", "experience", "learn", "other")
 
 
@@ -31,6 +32,9 @@ def main(overrides: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     spec = {**asdict(config), "model": {**asdict(config.model), "path": resolved(config.model.path)}}
     spec["lora"] = spec.pop("adapter")
+    if config.find_tokens_per_pass:
+        find_tokens_per_pass(config, spec)
+        return
     peers = [adapter for adapter in config.adapters if config.peer and adapter in ("none", "lora")]
     found: dict[str, Any] = {"ppo": {}, "peer": {}}
     bar = progress(3 + len(config.adapters) + len(peers), initial=0, unit="part", description="bench")
@@ -38,9 +42,7 @@ def main(overrides: list[str]) -> None:
         spec["folder"] = temporary
 
         def run(part: str, **more: Any) -> Any:
-            result = run_part(
-                [sys.executable, "-m", "rlhf.bench", json.dumps({**spec, **more, "part": part})]
-            )
+            result = run_own(part, {**spec, **more})
             bar.update(1)
             return result
 
@@ -58,6 +60,49 @@ def main(overrides: list[str]) -> None:
     report = table(found, command=shlex.join(["./launch.sh", "stage=bench", *overrides]))
     write_text(folder / "bench.md", report)
     print(report + f"\nwritten to {folder}/bench.md and bench.json")
+
+
+def run_own(part: str, spec: dict[str, Any]) -> Any:
+    """Run a part of `rlhf.bench` in a process of its own."""
+    return run_part([sys.executable, "-m", "rlhf.bench", json.dumps({**spec, "part": part})])
+
+
+def find_tokens_per_pass(config: Any, spec: dict[str, Any]) -> None:
+    """Learn with passes of twice as many tokens each time, until one pass holds a worker's share of the batch
+    or the next would not fit into memory.
+    """
+    row = config.prompt_tokens + config.response_tokens
+    with tempfile.TemporaryDirectory() as temporary:
+        spec["folder"] = temporary
+        run_own("prepare", spec)
+        for adapter in config.adapters:
+            print(f"{adapter}:\n  tokens_per_pass  learning tokens/s  peak GiB", flush=True)
+            found: dict[int, Any] = {}
+            size = SMALLEST_PASS
+            while True:
+                engine = {**spec["engine"], "tokens_per_pass": size}
+                result = run_own("passes", {**spec, "engine": engine, "adapter": adapter})
+                if not result["fits"]:
+                    break
+                found[size] = result
+                print(
+                    f"  {size:<16} {result['tokens_per_s']:<18.0f} {result['peak_memory_gib']:.2f}",
+                    flush=True,
+                )
+                if size >= config.batch_size * row or _next_peak(found) > result["memory_gib"]:
+                    break
+                size *= 2
+            if not found:
+                print(f"  not even {SMALLEST_PASS} fit; try another adapter or a smaller model")
+                continue
+            fastest = max(found, key=lambda size: found[size]["tokens_per_s"])
+            print(f"  longest that fit: engine.tokens_per_pass={max(found)}; fastest: {fastest}", flush=True)
+
+
+def _next_peak(found: dict[int, Any]) -> float:
+    """What twice the longest pass would take: activations grow with its tokens. GiB."""
+    peaks = [result["peak_memory_gib"] for result in found.values()]
+    return peaks[-1] + 2 * max(peaks[-1] - peaks[-2], 0.0) if len(peaks) > 1 else peaks[-1]
 
 
 def run_part(command: list[str], **environment: str) -> Any:

@@ -36,6 +36,62 @@ def test_the_bench_runs_and_writes_its_tables(tmp_path: Path) -> None:
     assert "one base for four roles" in report and "Hugging Face generate" in report
 
 
+FIND = [
+    "model=tiny",
+    "prompt_tokens=10",
+    "response_tokens=10",
+    "find_tokens_per_pass=true",
+    "adapters=[lora]",
+]
+
+
+def test_passes_grow_until_one_holds_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from stages.bench import main
+
+    main([*FIND, f"runs={tmp_path}", "batch_size=20", "engine.device=cpu"])
+    *_, header, first, second, last = capsys.readouterr().out.splitlines()
+    assert header.split() == ["tokens_per_pass", "learning", "tokens/s", "peak", "GiB"]
+    rows = {int(line.split()[0]): float(line.split()[1]) for line in (first, second)}
+    assert list(rows) == [256, 512], "20 x 20 tokens fit into one pass of 512"
+    fastest = max(rows, key=lambda size: rows[size])
+    assert last == f"  longest that fit: engine.tokens_per_pass=512; fastest: {fastest}"
+
+
+@pytest.mark.parametrize(("room", "longest"), [(2.5, 512), (4.0, 1024), (100.0, 2048)])
+def test_passes_grow_until_memory_is_full(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    room: float,
+    longest: int,
+) -> None:
+    import stages.bench
+
+    def run_own(part: str, spec: dict[str, Any]) -> dict[str, Any]:
+        if part == "prepare":
+            return {}
+        size = spec["engine"]["tokens_per_pass"]
+        peak = 1.0 + size / 512  # the next one takes 3.0 after 512, 5.0 after 1024
+        return {
+            "fits": size < 4096,
+            "tokens_per_s": -abs(size - 512),
+            "peak_memory_gib": peak,
+            "memory_gib": room,
+        }
+
+    monkeypatch.setattr(stages.bench, "run_own", run_own)
+    stages.bench.main([*FIND, f"runs={tmp_path}", "batch_size=10000"])
+    assert f"longest that fit: engine.tokens_per_pass={longest}; fastest: 512" in capsys.readouterr().out
+
+
+def test_memory_of_the_next_pass_is_foreseen() -> None:
+    from stages.bench import _next_peak
+
+    peaks = {256: {"peak_memory_gib": 2.0}}
+    assert _next_peak(peaks) == 2.0
+    assert _next_peak(peaks | {512: {"peak_memory_gib": 2.5}}) == 3.5
+
+
 def test_a_part_that_fails_is_one_error_with_what_it_said() -> None:
     with pytest.raises(ValueError, match=r"a part of the bench failed \(exit 3\):\nno such thing"):
         run_part(["sh", "-c", "echo no such thing >&2; exit 3"])
