@@ -153,10 +153,11 @@ def find_parent(key: str, path: str, *, kind: str, force: bool, optional: bool =
         _check_model_folder(key, folder)
     if not record_file.exists():
         if (folder.parent / "config.yaml").exists():
-            raise FileNotFoundError(
-                f"{key}={path} was left half written: stage {folder.parent.name} did not finish; "
-                f"run stage={folder.parent.name} resume=true"
+            stage = folder.parent.name
+            remedy = (
+                f"run stage={stage} resume=true" if stage in STAGES else "finish the stage that writes it"
             )
+            raise FileNotFoundError(f"{key}={path} was left half written: its stage did not finish; {remedy}")
         return Parent(key, path, hash_weights(folder) if folder.is_dir() else hash_file(folder))
     try:
         record = json.loads(record_file.read_text(encoding="utf-8"))
@@ -219,6 +220,11 @@ def _check_model_folder(key: str, folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise FileNotFoundError(
             f"{key}={folder} holds an adapter alone; name the merged model: {folder.parent / 'model'}"
+        )
+    if (folder / "config.json").exists() and [*folder.glob("*.bin"), *folder.glob("*.pt")]:
+        raise ValueError(
+            f"{key}={folder} has its weights in pickles, which are never loaded; save the model again with "
+            "safe_serialization=True where you trust it"
         )
     lost = "weights (*.safetensors)" if (folder / "config.json").exists() else "config.json"
     raise FileNotFoundError(f"{key}={folder} has no {lost}: run the stage that writes it again")

@@ -176,6 +176,7 @@ def sft_checks(base_loss: float, loss: float, samples: Sequence[dict[str, Any]])
             "samples end with EOS",
             share_ended >= LOWEST_EOS_SHARE,
             f"{share_ended:.0%} of {len(samples)}",
-            "a policy that never ends is cut at max_response_tokens; look at data.max_response_tokens",
+            "a policy that never ends is cut at data.max_response_tokens: raise it, learning_rate or epochs; "
+            "a small base may need adapter=none, as LoRA leaves the vocabulary's weights alone",
         ),
     ]

@@ -130,8 +130,8 @@ def write_model(folder: StageFolder, model: Any, tokenizer: Any, card: str) -> N
     save_model_folder(folder.model, save, card)
 
 
-def model_card(title: str, *, base: str, facts: dict[str, Any]) -> str:
-    """A model card in the hub's format: what it is, from what it was made, and what was measured."""
+def model_card(title: str, *, base: str, facts: dict[str, Any], use: str = "") -> str:
+    """A model card in the hub's format: what it is and was made of, what was measured, how it is used."""
     lines = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     front = f"---\nbase_model: {base}\ntags: [rlhf]\n---\n"
-    return f"{front}\n# {title}\n\n| what | value |\n|---|---|\n{lines}\n"
+    return f"{front}\n# {title}\n\n| what | value |\n|---|---|\n{lines}\n" + (f"\n{use}\n" if use else "")

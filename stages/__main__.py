@@ -40,14 +40,15 @@ def main(words: list[str]) -> int:
 def read_words(words: list[str]) -> tuple[str, list[str]]:
     """Part the words into the stage and its settings. Raises ValueError naming the nearest stage."""
     from rlhf.config import PROGRAMS
-    from rlhf.validation import hint
+    from rlhf.validation import hint, nearest
 
     known = ("all", *PROGRAMS, "test")
     named = [word.partition("=")[2] for word in words if word.startswith("stage=")]
     overrides = [word for word in words if not word.startswith("stage=")]
     if len(named) != 1:
         problem = f"{len(named)} stages given" if named else "no stage given"
-        guess = next((f"did you mean stage={word}? " for word in words if word in known), "")
+        meant = [word.partition("=")[2] for word in words if nearest(word.partition("=")[0], ["stage"])]
+        guess = next((f"did you mean stage={word}? " for word in [*words, *meant] if word in known), "")
         raise ValueError(f"{problem}: {guess}stage= is one of {', '.join(known)}")
     stage = named[0]
     if stage not in known:

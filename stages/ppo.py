@@ -38,6 +38,10 @@ def main(overrides: list[str]) -> None:
         key = "data.demonstrations.train"
         demonstrations = stage.read(config.data.demonstrations.train, "demonstrations", key)
     roles = build_roles(config, engine)
+    if not roles.critic_from_reward_model:
+        parents = [parent for parent in parents if parent.key != "critic"]
+        if config.critic is not None and config.algo == "ppo" and config.critic_trunk == "own":
+            print(f"critic: from the policy, as {config.critic} has another tokenizer", flush=True)
     reward = build_reward(config, engine, roles)
     stage.begin()
     run = PPORun(config, codec, roles, reward, prompts, folder, demonstrations)

@@ -34,6 +34,7 @@ from rlhf.rm import (
     score_rows,
     tokenize,
 )
+from rlhf.text import TextCodec
 from rlhf.training import full_precision, model_card, write_model
 from stages.common import Stage, resolved
 
@@ -78,7 +79,8 @@ def main(overrides: list[str]) -> None:
         "learning rate": config.learning_rate,
     }
     tokenizer = prepare_for_saving(model, codec)
-    write_model(folder, model, tokenizer, model_card("Reward model", base=parents[0].path, facts=facts))
+    card = model_card("Reward model", base=parents[0].path, facts=facts, use=how_to_score(codec))
+    write_model(folder, model, tokenizer, card)
     run.log.close()
     folder.finish(
         "reward_model", parents=parents, checks=checks, results=results, **stage.cost(), **stage.facts
@@ -88,6 +90,20 @@ def main(overrides: list[str]) -> None:
     print(
         f"held-out accuracy {results['accuracy']['mean']:.3f}; "
         f"model in {folder.model} ({stage.cost_in_words()})"
+    )
+
+
+def how_to_score(codec: TextCodec) -> str:
+    """The part of the model card that says what the model reads."""
+    end = codec.tokenizer.convert_ids_to_tokens(codec.eos_token_id)
+    before = (
+        "the turns in the tokenizer's chat template"
+        if codec.uses_chat
+        else "prompt and response as they join"
+    )
+    return (
+        f"The score is the one logit of `AutoModelForSequenceClassification`. It reads {before}, then the "
+        f"end token `{end}` and nothing behind it: without that token scores are off."
     )
 
 

@@ -333,6 +333,14 @@ def test_the_reward_model_may_have_another_tokenizer(tiny_run: Path, tmp_path: P
     assert result.status == 0, result.output
     first = read_lines(run / "ppo" / "metrics.jsonl")[0]
     assert abs(first["kl"]) < 1e-4 and first["value_loss"] > 0
+    assert "critic: from the policy" in result.output
+    parents = read_json(run / "ppo" / "stage.json")["parents"]
+    assert [parent["key"] for parent in parents] == ["policy", "reward.path"], "the critic came from neither"
+    card = (run / "rm" / "model" / "README.md").read_text(encoding="utf-8")
+    assert "the end token `<eos>`" in card.replace("\n", " ")
+
+    words = [f"runs={run.parent}", *SMALL["ppo"], "force=true", "overwrite=true", f"critic={base}"]
+    assert "without a score head" in run_stage("ppo", *words).error
 
 
 def test_a_llama_from_elsewhere_runs_the_whole_chain(shared: Path, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_help_names_every_stage() -> None:
     [
         (["seed=3"], "no stage given: stage= is one of all, sft"),
         (["ppo"], "no stage given: did you mean stage=ppo?"),
+        (["stge=ppo"], "no stage given: did you mean stage=ppo?"),
         (["stage=sft", "stage=rm"], "2 stages given"),
         (["stage=pppo"], "stage=pppo: did you mean ppo?"),
         (["stage=test"], "stage=test is run by launch.sh"),

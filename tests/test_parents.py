@@ -67,6 +67,18 @@ def test_a_half_written_folder_is_named(run: Path) -> None:
     (run / "sft" / "stage.json").unlink()
     found = refusal("collect", run, "overwrite=true")
     assert "policy=" in found and "half written" in found and "stage=sft resume=true" in found
+    shutil.copytree(run / "sft", run / "a copy")
+    found = refusal("collect", run, "overwrite=true", f"policy={run / 'a copy' / 'model'}")
+    assert "half written" in found and "stage=a copy" not in found
+
+
+def test_weights_in_pickles_are_refused_as_such(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(
+        run / "sft" / "model", tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"never read")
+    found = refusal("collect", run, "overwrite=true", f"policy={tmp_path / 'pickled'}")
+    assert "pickles" in found and "safe_serialization=True" in found
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from rlhf.checkpoint import write_text
 from rlhf.evaluation.compare import Scored
 
 SIMULATED = (
-    "The preferences behind this run are simulated: a classifier trained on human labels ranked the "
+    "The preferences behind this run are simulated: a classifier trained on labelled texts ranked the "
     "responses, and a second one, of another kind and trained on other texts, gives the gold score. "
     "No person judged them."
 )
@@ -30,7 +30,7 @@ def table_rows(report: dict[str, Any]) -> list[list[str]]:
     rows = []
     for name, entry in report["systems"].items():
         rate = wins.get((name, "gold"))
-        kl = "-" if entry["kl"] is None else f"{'<= ' if entry['kl_is_bound'] else ''}{entry['kl']:.2f}"
+        kl = "-" if entry["kl"] is None else f"{'<= ' if entry['kl_is_bound'] else ''}{round(entry['kl'], 2) + 0.0:.2f}"
         rows.append(
             [
                 name,

@@ -136,12 +136,7 @@ def load_causal_lm(path: str, options: LoadOptions, *, key: str = "policy") -> A
 
 def load_reward_model(path: str, options: LoadOptions, *, key: str = "reward.path") -> Any:
     """Load a trained reward model (a sequence classifier with one score); anything else is refused."""
-    architecture = _architecture(path, options)
-    if "SequenceClassification" not in architecture:
-        raise ValueError(
-            f"{key}={path} is {architecture or 'not a transformers model'}, without a score head; "
-            "train a reward model from it with stage=rm and name that folder"
-        )
+    check_classifier(path, options, key=key)
     model, report = _load_classifier(path, options)
     if report["missing_keys"]:
         raise ValueError(
@@ -150,6 +145,16 @@ def load_reward_model(path: str, options: LoadOptions, *, key: str = "reward.pat
     if model.config.num_labels != 1:
         raise ValueError(f"{key}={path} gives {model.config.num_labels} labels; a reward model gives 1")
     return _placed(model, options)
+
+
+def check_classifier(path: str, options: LoadOptions, *, key: str) -> None:
+    """Refuse a checkpoint without a score head, naming the key."""
+    architecture = _architecture(path, options)
+    if "SequenceClassification" not in architecture:
+        raise ValueError(
+            f"{key}={path} is {architecture or 'not a transformers model'}, without a score head; "
+            "train a reward model from it with stage=rm and name that folder"
+        )
 
 
 def load_score_head(path: str) -> nn.Linear:

@@ -34,6 +34,7 @@ from rlhf.models.adapters import (
 from rlhf.models.forward import response_logprobs, response_logprobs_and_entropy, response_values
 from rlhf.models.loading import (
     LoadOptions,
+    check_classifier,
     load_causal_lm,
     load_options,
     load_reward_model,
@@ -155,7 +156,10 @@ def build_roles(config: Any, engine: Engine) -> Roles:
     policy = load_causal_lm(config.policy, trained)
     if lora:
         policy = add_lora(policy, config.adapter, task="CAUSAL_LM")
-    from_reward_model = config.critic is not None and same_tokenizer(config.policy, config.critic)
+    from_reward_model = False
+    if config.critic is not None:
+        check_classifier(config.critic, trained, key="critic")
+        from_reward_model = same_tokenizer(config.policy, config.critic)
     adapter = adapter_of(config.critic, base=config.policy) if lora and from_reward_model else None
     if lora and (adapter is not None or not from_reward_model):
         roles = _on_one_trunk(policy, adapter, config, engine)
