@@ -30,7 +30,8 @@ def table_rows(report: dict[str, Any]) -> list[list[str]]:
     rows = []
     for name, entry in report["systems"].items():
         rate = wins.get((name, "gold"))
-        kl = "-" if entry["kl"] is None else f"{'<= ' if entry['kl_is_bound'] else ''}{round(entry['kl'], 2) + 0.0:.2f}"
+        bound = "<= " if entry["kl_is_bound"] else ""
+        kl = "-" if entry["kl"] is None else f"{bound}{round(entry['kl'], 2) + 0.0:.2f}"
         rows.append(
             [
                 name,
