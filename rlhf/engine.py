@@ -23,7 +23,7 @@ from rlhf import workers
 # Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length and to
 # hold a pass's activations. On a processor small models need more of them, and so do full weights, whose
 # gradients are as large for a short pass as for a long one.
-TOKENS_PER_PASS = 512
+TOKENS_PER_PASS = 384
 TOKENS_PER_PASS_FULL_WEIGHTS = 1280
 TOKENS_PER_PASS_SMALL_MODEL = 4096
 TOKENS_PER_PASS_GPU = 16384
