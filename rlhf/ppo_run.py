@@ -6,10 +6,8 @@ import contextlib
 import json
 import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from rlhf.batches import Experience, Rollout
 from rlhf.checkpoint import StageFolder, new_folder
 from rlhf.checks import Check, all_passed, print_checks
 from rlhf.engine import Engine
+from rlhf.interrupts import interrupts_held
 from rlhf.metrics import MetricLog, cut_lines_after, progress
 from rlhf.models.roles import Roles
 from rlhf.numerics.kl import AdaptiveKL, FixedKL, k1
@@ -84,31 +83,6 @@ def _split(
 def _moved(mean: float | None, reward: float) -> float:
     """The moving mean of rewards, which the first one starts."""
     return reward if mean is None else mean + (1 - MEAN_DECAY) * (reward - mean)
-
-
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[list[int]]:
-    """Hold back Ctrl-C, so that no state holds half an update; the list is empty until it came.
-
-    The second Ctrl-C stops at once, and what the last checkpoint does not hold is lost.
-    """
-    held: list[int] = []
-
-    def hold(number: int, frame: Any) -> None:
-        if held:
-            raise KeyboardInterrupt
-        held.append(number)
-        print("\nsaving after this update; Ctrl-C again stops at once", flush=True)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield held
-        return
-    before = signal.signal(signal.SIGINT, hold)
-    try:
-        yield held
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class PPORun:

@@ -68,8 +68,8 @@ def run_own(part: str, spec: dict[str, Any]) -> Any:
 
 
 def find_tokens_per_pass(config: Any, spec: dict[str, Any]) -> None:
-    """Learn with passes of twice as many tokens each time, until one pass holds a worker's share of the batch
-    or the next would not fit into memory.
+    """Learn with passes of twice as many tokens each time, until one pass holds the batch or the next would
+    not fit into memory.
     """
     row = config.prompt_tokens + config.response_tokens
     with tempfile.TemporaryDirectory() as temporary:

@@ -18,6 +18,7 @@ LAYERS = {
     "batches": 1,
     "checks": 1,
     "workers": 1,
+    "interrupts": 1,
     "sources": 2,
     "records": 2,
     "rows": 2,
