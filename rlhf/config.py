@@ -27,6 +27,7 @@ CONFIG_DIR = PROJECT_DIR / "configs"
 STAGES = tuple(STAGE_CONFIGS)
 PROGRAMS: dict[str, type[Any]] = {**STAGE_CONFIGS, "bench": BenchConfig}
 GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward")
+SMALL_WEIGHTS = 40e6  # bytes of safetensors below which a local folder gets configs/model/small.yaml
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -147,15 +148,21 @@ def _split_groups(words: list[tuple[str, str]]) -> tuple[dict[str, str], list[tu
     values = [(key, text) for key, text in words if key not in groups]
     model = groups.get("model")
     if model is not None and model not in group_choices("model"):
-        groups["model"] = "path"
         values.insert(0, ("model.path", _any_model(model)))
-    elif model is None and any(key == "model.path" for key, _ in values):
-        groups["model"] = "path"
+        model = None
+    paths = [text for key, text in values if key == "model.path"]
+    if model is None and paths:
+        groups["model"] = "small" if _is_small(_read_text(paths[-1]) or "") else "path"
     for group, choice in groups.items():
         if choice not in group_choices(group):
             choices = ", ".join(group_choices(group))
             raise ValueError(f"{group}={choice}: {hint(choice, group_choices(group))}choices are {choices}")
     return groups, values
+
+
+def _is_small(path: str) -> bool:
+    sizes = [file.stat().st_size for file in Path(path).expanduser().glob("*.safetensors")]
+    return 0 < sum(sizes) < SMALL_WEIGHTS
 
 
 def _any_model(path: str) -> str:

@@ -99,10 +99,9 @@ def policy_and_reference(roles: Roles, rollout: Rollout, *, temperature: float) 
 
 def _of_all_rows(role: Callable[[Rollout], Tensor], rollout: Rollout, engine: Engine) -> Tensor:
     """What a role says (B, R) of a rollout, computed in micro-batches."""
-    device = rollout.tokens.device
     rows = engine.micro_batches(rollout.lengths())
-    pieces = [rollout.rows(index.to(device)) for index in rows]
-    table = torch.zeros(rollout.response_mask.shape, device=device)
+    pieces = [rollout.rows(index) for index in rows]
+    table = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
     with engine.autocast():  # around all pieces, so that trained weights are rounded once
         for index, found in zip(rows, engine.side_by_side(role, pieces), strict=True):
             table[index, : found.shape[1]] = found
@@ -175,7 +174,7 @@ class Learner:
         for epoch in range(config.epochs):
             order = torch.from_numpy(permutation(num_episodes, config.seed, step, epoch))
             for index, rows in enumerate(order.tensor_split(config.minibatches)):
-                batch = experience.rows(rows.to(experience.scores.device))
+                batch = experience.rows(rows)
                 texts = self.mix.batch(len(rows), config.seed, step, epoch, index) if self.mix else None
                 history.append(self.minibatch(batch, texts))
             if config.approx_kl_stop is not None and history[-1]["approx_kl"] > config.approx_kl_stop:
@@ -194,10 +193,7 @@ class Learner:
         """
         denominator = batch.rollout.response_mask.sum()
         self.optimizer.zero_grad(set_to_none=True)
-        pieces = [
-            batch.rows(index.to(batch.scores.device))
-            for index in self.engine.micro_batches(batch.rollout.lengths())
-        ]
+        pieces = [batch.rows(index) for index in self.engine.micro_batches(batch.rollout.lengths())]
         terms = self.descend(functools.partial(self.policy_terms, denominator=denominator), pieces)
         totals = dict(zip(POLICY_TERMS, terms, strict=True))
         if self.models.critic is not None:
@@ -206,10 +202,7 @@ class Learner:
                 [totals["value_loss"]] = self.descend(value_terms, pieces)
         if texts is not None:
             num_tokens = texts.response_mask.sum()
-            rollouts = [
-                texts.rows(index.to(texts.tokens.device))
-                for index in self.engine.micro_batches(texts.lengths())
-            ]
+            rollouts = [texts.rows(index) for index in self.engine.micro_batches(texts.lengths())]
             text_terms = functools.partial(self.text_terms, denominator=num_tokens)
             [totals["ptx_loss"]] = self.descend(text_terms, rollouts)
         norms = {
@@ -240,8 +233,7 @@ class Learner:
             for piece in mine:
                 found = terms(piece)
                 with self.engine.no_autocast():
-                    new = torch.autograd.grad(found[0], parameters, allow_unused=True)
-                gradients = _added(gradients, new)
+                    gradients = _add(gradients, torch.autograd.grad(found[0], parameters, allow_unused=True))
                 totals = totals + found.detach().cpu()
             return totals, gradients
 
@@ -249,7 +241,7 @@ class Learner:
         with self.engine.autocast():  # around all pieces, so that trained weights are rounded once
             results = self.engine.side_by_side(work, shares)
         for _, gradients in results:
-            sums = _added([parameter.grad for parameter in parameters], gradients)
+            sums = _add([parameter.grad for parameter in parameters], gradients)
             for parameter, gradient in zip(parameters, sums, strict=True):
                 parameter.grad = gradient
         return sum(totals for totals, _ in results)[1:].tolist()
@@ -286,8 +278,9 @@ class Learner:
         return torch.stack([self.config.ptx_coef * loss, loss.detach()])
 
 
-def _added(sums: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [b if a is None else a if b is None else a + b for a, b in zip(sums, new, strict=True)]
+def _add(sums: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Add gradients into those so far; no second set of them is held."""
+    return [b if a is None else a if b is None else a.add_(b) for a, b in zip(sums, new, strict=True)]
 
 
 def check_finite(numbers: dict[str, float], step: int) -> None:

@@ -23,7 +23,7 @@ from rlhf.config import (
 from rlhf.validation import changed_keys, nearest
 
 # What the files that leave something to the user need.
-NEEDED = {"path": ["model.path=gpt2"], "function": ["reward.function=module:score"]}
+NEEDED = {"path": ["model.path=gpt2"], "small": ["model.path=gpt2"], "function": ["reward.function=module:score"]}
 CHOICES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
 
 
@@ -53,6 +53,20 @@ def test_the_tiny_model_trains_whole_unless_an_adapter_is_named() -> None:
     assert load_config("sft", ["model=tiny"]).adapter.name == "none"
     assert load_config("sft", ["model=tiny", "adapter=lora"]).adapter.name == "lora"
     assert load_config("sft", ["adapter=lora", "model=tiny"]).adapter.name == "lora"
+
+
+@pytest.mark.parametrize("key", ["model", "model.path"])
+def test_a_small_local_folder_trains_whole_unless_an_adapter_is_named(tmp_path: Path, key: str) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x" * 1000)
+    config = load_config("sft", [f"{key}={folder}"])
+    assert (config.model.path, config.model.name) == (str(folder), "mine")
+    assert (config.adapter.name, config.learning_rate) == ("none", 3e-3)
+    assert load_config("sft", [f"{key}={folder}", "adapter=lora"]).adapter.name == "lora"
+    with open(folder / "model.safetensors", "wb") as file:
+        file.truncate(50_000_000)
+    assert load_config("sft", [f"{key}={folder}"]).adapter.name == "lora"
 
 
 def test_settings_refer_to_each_other() -> None:

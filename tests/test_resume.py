@@ -99,6 +99,31 @@ def after(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() > end
 
 
+def kill_and_resume(folder: StageFolder, words: list[str], *, within: float, seed: str) -> None:
+    """Kill a stage three times, at any moment of so many seconds: while it loads, computes, saves or writes
+    its model. Then let it end.
+    """
+    draw = random.Random(seed)
+    for _ in range(3):
+        killed = run_until(after(draw.uniform(0.2, 1.0) * within), folder.stage, *words, "resume=true")
+        assert killed.status in (-9, 0), killed.output
+        if (folder.path / "stage.json").exists():
+            return
+    resumed = run_stage(folder.stage, *words, "resume=true")
+    assert resumed.status == 0, resumed.output
+
+
+@pytest.mark.parametrize("stage", ["sft", "collect", "rm"])
+def test_killed_at_any_moment_is_as_uninterrupted(tiny_run: Path, tmp_path: Path, stage: str) -> None:
+    whole, words = start_of(stage, tiny_run, tmp_path / "whole")
+    started = time.monotonic()
+    assert run_stage(stage, *words).status == 0
+    seconds = time.monotonic() - started
+    folder, words = start_of(stage, tiny_run, tmp_path / "parts")
+    kill_and_resume(folder, words, within=0.7 * seconds, seed=stage)
+    assert same_results(folder.path, whole.path)
+
+
 def die_writing(file: str, count: int) -> None:
     """Let this process kill itself (kill -9) half way through the `count`-th state's `file`."""
     module: Any = importlib.import_module("rlhf.training_state")
@@ -133,23 +158,14 @@ def test_ppo_killed_anywhere_ends_bit_for_bit_as_uninterrupted(
     assert finished.status == 0, finished.output
 
     folder, words = start_of("ppo", tiny_run, tmp_path / "parts")
-    words += [*own, "resume=true"]
+    words += own
     before = 3 if file == "weights.safetensors" else 2  # the first evaluation writes weights too
-    killed = run_stage("ppo", *words, first=functools.partial(die_writing, file, before + 1))
+    killed = run_stage("ppo", *words, "resume=true", first=functools.partial(die_writing, file, before + 1))
     assert killed.status == -9, killed.output
     assert [*(folder.path / "state").glob(f".step_3.*.tmp/{file}")], "nothing was left half written"
     assert saved(folder, "step_2")()
 
-    # Then at any moment: while it loads, samples, learns, saves or writes its model.
-    draw = random.Random(adapter)
-    for _ in range(3):
-        killed = run_until(after(draw.uniform(0.1, 0.6) * seconds), "ppo", *words)
-        assert killed.status in (-9, 0), killed.output
-        if killed.status == 0:
-            break
-    if killed.status == -9:
-        resumed = run_stage("ppo", *words)
-        assert resumed.status == 0, resumed.output
+    kill_and_resume(folder, words, within=0.6 * seconds, seed=adapter)
     assert same_results(folder.path, whole.path)
     assert (folder.path / "samples.jsonl").read_bytes() == (whole.path / "samples.jsonl").read_bytes()
     assert not (folder.path / "state").exists()

@@ -112,7 +112,7 @@ def reference_logprobs(
     pieces = engine.micro_batches(rollout.lengths())
 
     def total(index: torch.Tensor) -> torch.Tensor:
-        piece = rollout.rows(index.to(engine.device))
+        piece = rollout.rows(index)
         return response_logprobs(reference.model, piece, temperature=temperature).sum(1).cpu()
 
     with engine.autocast():
