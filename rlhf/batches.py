@@ -72,7 +72,7 @@ class Rollout:
         return [row[mask].tolist() for row, mask in zip(self.tokens, self.attention_mask, strict=True)]
 
     def rows(self, index: Tensor) -> Rollout:
-        """Select rows (the index may lie on the processor) and drop the padding columns that none of them needs."""
+        """Select rows (an index on the processor will do) and drop padding columns that none needs."""
         attention_mask, response_mask = self.attention_mask[index], self.response_mask[index]
         first = int(attention_mask[:, : self.prompt_length].int().argmax(1).min())
         width = int(response_mask.sum(1).max())

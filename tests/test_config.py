@@ -23,7 +23,11 @@ from rlhf.config import (
 from rlhf.validation import changed_keys, nearest
 
 # What the files that leave something to the user need.
-NEEDED = {"path": ["model.path=gpt2"], "small": ["model.path=gpt2"], "function": ["reward.function=module:score"]}
+NEEDED = {
+    "path": ["model.path=gpt2"],
+    "small": ["model.path=gpt2"],
+    "function": ["reward.function=module:score"],
+}
 CHOICES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
 
 

@@ -1,7 +1,7 @@
 """Attention by plain matrix products: on a processor the fast kernel for short rows, both directions.
 
 Torch's fused kernel pays a long time for its backward pass and for one query against a cache. Letters: B
-rows, H heads, K key heads (each serves G = H / K query heads), Q queries, T keys, D head width.
+rows, H heads, K key heads (each serves G = H / K query heads), Q queries, T keys, D head width, N = B * K.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -18,6 +19,12 @@ NAME = "rlhf_plain"
 
 # With more keys than this the squares of plain attention cost more than the fused kernel.
 MAX_KEYS = 512
+
+# Queries that are computed at a time where attention is causal: no product with keys that none of them sees.
+BLOCK = 32
+
+# Heads of less width than this make products of so few columns that their transposes are faster.
+NARROW = 32
 
 
 def plain_attention(  # noqa: PLR0913 (transformers' signature of an attention function)
@@ -43,34 +50,92 @@ def plain_attention(  # noqa: PLR0913 (transformers' signature of an attention f
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )
     group = heads // key_heads
-    products = torch.baddbmm(
-        _additive(attention_mask, query, keys, group),
-        query.reshape(rows * key_heads, group * queries, width),
-        key.reshape(rows * key_heads, keys, width).transpose(1, 2),
-        alpha=width**-0.5 if scaling is None else scaling,
-    )
-    result = torch.bmm(products.softmax(-1).to(value.dtype), value.reshape(rows * key_heads, keys, width))
-    return result.view(rows, heads, queries, width).transpose(1, 2).contiguous(), None
+    scale = width**-0.5 if scaling is None else scaling
+    # (N, Q * G, D): the queries of a block stand together
+    grouped = query.view(rows, key_heads, group, queries, width).transpose(2, 3)
+    grouped = grouped.reshape(rows * key_heads, queries * group, width).to(value.dtype)
+    key = key.reshape(rows * key_heads, keys, width).to(value.dtype)
+    value = value.reshape(rows * key_heads, keys, width)
+    if attention_mask is None and queries > 1:
+        result = _Causal.apply(grouped, key, value, scale, group)
+    else:
+        mask = _additive(attention_mask, grouped, (rows, key_heads, group, queries, keys))
+        products = torch.baddbmm(mask, grouped, key.mT, alpha=scale)
+        result = torch.bmm(products.softmax(-1).to(value.dtype), value)
+    result = result.view(rows, key_heads, queries, group, width).transpose(1, 2)
+    return result.reshape(rows, queries, heads, width), None
 
 
-def _additive(mask: Tensor | None, query: Tensor, keys: int, group: int) -> Tensor:
-    """What is added to the products, broadcastable to (B * K, G * Q, T): 0, or the lowest number where no key
-    may be seen.
+class _Causal(torch.autograd.Function):
+    """Causal attention of q (N, Q * G, D) to k, v (N, T, D): the last query sees all keys, the one before all
+    but the last, and so on.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 (the tensors of the equation)
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, group: int
+    ) -> Tensor:
+        blocks = _blocks(q.shape[1] // group, k.shape[1], group)
+        result, weights = torch.empty_like(q), []
+        with torch.autocast(q.device.type, enabled=False):
+            for rows, keys in blocks:
+                products = torch.baddbmm(q.new_zeros(()), q[:, rows], k[:, :keys].mT, beta=0, alpha=scale)
+                queries = (rows.stop - rows.start) // group
+                hidden = torch.ones(queries, queries, dtype=torch.bool, device=q.device).triu(1)
+                products[..., keys - queries :].masked_fill_(hidden.repeat_interleave(group, 0), -torch.inf)
+                weights.append(products.softmax(-1))
+                result[:, rows] = _product(weights[-1], v[:, :keys])
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.scale, ctx.blocks = scale, blocks
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, *weights = ctx.saved_tensors
+        grad_q = torch.empty_like(q)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        grad_k, grad_v = (torch.zeros_like(x.mT, dtype=exact) for x in (k, v))
+        for (rows, keys), weight in zip(ctx.blocks, weights, strict=True):
+            grad_weight = torch.bmm(grad[:, rows], v[:, :keys].mT)
+            grad_products = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
+            grad_q[:, rows] = _product(grad_products, k[:, :keys])
+            grad_k[..., :keys] += torch.bmm(q[:, rows].mT, grad_products)
+            grad_v[..., :keys] += torch.bmm(grad[:, rows].mT, weight)
+        grad_k, grad_v = (x.mT for x in (grad_k.mul_(ctx.scale), grad_v))
+        return grad_q.mul_(ctx.scale), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def _blocks(queries: int, keys: int, group: int) -> list[tuple[slice, int]]:
+    """Rows of each block of queries, and the number of keys that its last query sees."""
+    stops = [min(start + BLOCK, queries) for start in range(0, queries, BLOCK)]
+    starts = [0, *stops]
+    return [
+        (slice(start * group, stop * group), keys - queries + stop)
+        for start, stop in zip(starts, stops, strict=False)
+    ]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a (N, M, T) b (N, T, D)."""
+    if b.shape[-1] >= NARROW:
+        return torch.bmm(a, b)
+    return torch.bmm(b.mT.contiguous(), a.mT).mT
+
+
+def _additive(mask: Tensor | None, like: Tensor, sizes: tuple[int, int, int, int, int]) -> Tensor:
+    """What is added to the products, broadcastable to (N, Q * G, T): 0, or the lowest number where no key
+    may be seen. `sizes`: B, K, G, Q, T.
 
     Not minus infinity: a row of padding sees no key at all, and its result must stay finite.
     """
-    rows, heads, queries, _ = query.shape
-    if mask is None and queries == 1:
-        return query.new_zeros(())
-    lowest = torch.finfo(query.dtype).min
     if mask is None:
-        hidden = torch.ones(queries, keys, dtype=torch.bool, device=query.device).triu(keys - queries + 1)
-        return query.new_zeros(queries, keys).masked_fill_(hidden, lowest).repeat(group, 1)
+        return like.new_zeros(())
     if mask.dtype == torch.bool:
-        mask = query.new_zeros(mask.shape).masked_fill_(~mask, lowest)
-    key_heads = heads // group
-    wide = mask.expand(rows, -1, -1, -1).unsqueeze(2).expand(-1, key_heads, group, queries, keys)
-    return wide.reshape(rows * key_heads, group * queries, keys)
+        mask = like.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(like.dtype).min)
+    rows, key_heads, group, queries, keys = sizes
+    wide = mask.expand(rows, -1, -1, -1).unsqueeze(2).expand(sizes).transpose(2, 3)
+    return wide.reshape(rows * key_heads, queries * group, keys).to(like.dtype)
 
 
 AttentionInterface.register(NAME, plain_attention)
