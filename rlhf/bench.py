@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.batches import Rollout, join, left_pad
@@ -50,6 +51,7 @@ from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
 NEVER_ENDS = -1  # an EOS that no token is, so that every response has all its tokens
 PRODUCT = (1536, 576, 1536)
 NUM_PRODUCTS = 100
+NUM_OPERATIONS = 8
 PHASES = ("sample", "score", "experience", "learn")
 
 
@@ -147,7 +149,24 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
         "dtype": str(engine.dtype).removeprefix("torch."),
         "memory_gib": memory,
         "peak_memory_gib": peak_memory(spec["engine"]["device"]) / 2**30,
+        "operations": _operations(engine, functools.partial(learner.update, experience, step=step)),
     }
+
+
+def _operations(engine: Engine, function: Callable[[], Any]) -> dict[str, float]:
+    """The shares of the seconds of `function` that its longest operations take, as the profiler sees them.
+
+    On a processor those of this thread's part of the work.
+    """
+    on_gpu = engine.device.type == "cuda"
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with profile(activities=kinds) as profiler:
+        function()
+        _wait(engine)
+    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    seconds = {each.key: getattr(each, attribute) for each in profiler.key_averages()}
+    longest = sorted(seconds, key=lambda name: -seconds[name])[:NUM_OPERATIONS]
+    return {name: seconds[name] / sum(seconds.values()) for name in longest}
 
 
 def passes(spec: dict[str, Any]) -> dict[str, Any]:

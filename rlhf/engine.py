@@ -62,6 +62,9 @@ class Engine:
         A piece has at most `micro_batch_size` rows and, unless it is one row, no more tokens than
         `tokens_per_pass` with its padding. Rows of like length go together, so little padding is computed.
         Where several workers share them they are evened out, if the limits allow.
+
+        Scoring takes pieces as short as learning does, though it could hold longer ones: a product of more
+        rows rounds differently, and in bfloat16 the first minibatch's ratio would no longer be 1.
         """
         order = sorted(range(len(lengths)), key=lambda i: lengths[i])
         pieces: list[list[int]] = [[]]

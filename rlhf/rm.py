@@ -157,9 +157,7 @@ class RankingTrainer(Trainer):
 
     def scores(self, model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (N,) of a batch, rows of like length computed together."""
-        pieces = [
-            index.to(tokens.device) for index in self.engine.micro_batches(attention_mask.sum(1).tolist())
-        ]
+        pieces = self.engine.micro_batches(attention_mask.sum(1).tolist())
         with self.engine.autocast():
             scores = [sequence_scores(model, tokens[index], attention_mask[index]) for index in pieces]
         return torch.cat(scores)[torch.cat(pieces).argsort()]

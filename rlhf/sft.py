@@ -94,8 +94,7 @@ class ResponseTrainer(SFTTrainer):
         assert not return_outputs, "only the loss is asked for"
         labels, tokens, mask = inputs["labels"][:, 1:], inputs["input_ids"], inputs["attention_mask"].bool()
         total = torch.zeros((), device=tokens.device)
-        for piece in self.engine.micro_batches(mask.sum(1).tolist()):
-            index = piece.to(tokens.device)
+        for index in self.engine.micro_batches(mask.sum(1).tolist()):
             rows, columns = (labels[index] != IGNORED_LABEL).nonzero(as_tuple=True)
             with self.engine.autocast():
                 logits = logits_of(model, states_at(model, tokens[index], mask[index], rows, columns))

@@ -166,6 +166,9 @@ def table(found: dict[str, Any], *, command: str) -> str:
             f"| {row['flops']['whole'] / limit:.0%} |"
         )
     for adapter, row in found["ppo"].items():
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in row["operations"].items())
+        lines += ["", f"Learning, {adapter}, by operation: {shares}."]
+    for adapter, row in found["ppo"].items():
         if len(row["memory_gib"]) >= 10:
             lines += ["", f"Memory held, {adapter}: {row['memory_gib'][1]:.3f} GiB after update 2, "]
             lines[-1] += f"{row['memory_gib'][-1]:.3f} after update {len(row['memory_gib'])}."

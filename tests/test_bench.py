@@ -32,6 +32,7 @@ def test_the_bench_runs_and_writes_its_tables(tmp_path: Path) -> None:
         assert row["episodes_per_s"] * seconds == pytest.approx(8)
         assert 0 < row["flops"]["whole"] < found["products"]["limit"]
         assert 0.1 < row["peak_memory_gib"] < 4
+        assert "aten::mm" in row["operations"] and sum(row["operations"].values()) < 1
     report = (tmp_path / "x" / "bench" / "bench.md").read_text()
     assert "one base for four roles" in report and "Hugging Face generate" in report
 
@@ -105,6 +106,7 @@ def test_ratios_to_the_peer_stand_in_the_table() -> None:
         "dtype": "float32",
         "seconds": phases,
         "memory_gib": [1.0, 1.5, *[2.0] * 8],
+        "operations": {"aten::mm": 0.75, "aten::mul": 0.125},
     }
     row |= {"one_trunk": False, "flops": {"whole": 5e9}, "tokens_per_s": {"score": 10.0, "learn": 5.0}}
     found = {
@@ -117,6 +119,7 @@ def test_ratios_to_the_peer_stand_in_the_table() -> None:
     text = table(found, command="./launch.sh stage=bench")
     assert "| none | 1.50 | 4.00 | 2.00 | 25% |" in text
     assert "Memory held, none: 1.500 GiB after update 2, 2.000 after update 10." in text
+    assert "Learning, none, by operation: aten::mm 75%, aten::mul 12%." in text
     assert "3.00 times as many" in text and "| 50% |" in text
 
 
