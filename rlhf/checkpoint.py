@@ -10,6 +10,7 @@ one.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -49,6 +50,7 @@ class StageFolder:
     def __init__(self, runs: str, name: str, stage: str) -> None:
         self.path = Path(runs) / name / stage
         self.stage = stage
+        self._lock: Any = None
 
     @property
     def model(self) -> Path:
@@ -65,9 +67,10 @@ class StageFolder:
         state = None if overwrite else self.latest_state()
         if state is not None:
             _check_same_config(self.path / "config.yaml", resolved_config)
-        elif self.path.exists():
-            shutil.rmtree(self.path)
         try:
+            self._take()
+            if state is None and self.path.exists():
+                shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", resolved_config)
         except OSError as error:
@@ -75,6 +78,18 @@ class StageFolder:
                 f"cannot write to {self.path} ({error.strerror}); set runs= to another folder"
             ) from error
         return state
+
+    def _take(self) -> None:
+        """Hold this folder for as long as the process lives; the system lets go of it at a kill."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path.parent / f".{self.stage}.lock").open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"another process is running stage {self.stage} in {self.path}: "
+                "wait for its end, or set name=..."
+            ) from error
 
     def check_free(self, *, overwrite: bool, resume: bool) -> None:
         """Raise ValueError where the stage is finished, or was interrupted, and nothing was said about it."""
@@ -110,6 +125,8 @@ class StageFolder:
         final = self.path / "state" / f"step_{step}"
         with new_folder(final) as folder:
             yield folder
+        for left in (self.path / "state").glob(".step_*.tmp"):  # by a kill
+            shutil.rmtree(left)
         states = sorted((self.path / "state").glob("step_*"), key=lambda path: _step(path) or 0)
         for old in states[: -max(keep_last, 1)]:
             shutil.rmtree(old)
@@ -241,7 +258,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"cannot write {final}: {error}; free the disk or set runs= to another folder"
         ) from error
@@ -289,7 +306,7 @@ def _hash(files: Sequence[Path]) -> str:
 
 
 def _check_same_config(path: Path, resolved_config: str) -> None:
-    before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     now = _flat(yaml.safe_load(resolved_config))
     differing = sorted(
         key

@@ -43,7 +43,8 @@ class MetricLog:
 def cut_lines_after(path: Path, step: int) -> None:
     """Drop the lines of a jsonl file whose `step` is later, and one that a kill left half written."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a whole line ends with a line feed
+        whole, _, _ = path.read_bytes().rpartition(b"\n")  # a whole line ends with a line feed
+        lines = whole.decode().split("\n") if whole else []
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         write_text(path, "".join(line + "\n" for line in kept))
 

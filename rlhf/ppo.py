@@ -35,7 +35,9 @@ POLICY_TERMS = ("policy_loss", "entropy", "ratio", "approx_kl", "clip_fraction")
 
 @dataclass(frozen=True)
 class MissingEos:
-    """What happens to the score of a response without EOS: `score` replaces it, `penalty` is taken off."""
+    """What happens to the score of a response without EOS: `score` replaces it; where that is None, `penalty`
+    is taken off.
+    """
 
     score: float | None
     penalty: float
@@ -48,8 +50,8 @@ def final_scores(scores: Tensor, rollout: Rollout, eos_token_id: int, missing: M
     lengths = rollout.response_mask.sum(1, keepdim=True)
     ended = rollout.response_tokens.gather(1, lengths - 1).squeeze(1) == eos_token_id
     scores = scores.to(ended.device)
-    replaced = scores if missing.score is None else torch.full_like(scores, missing.score)
-    return torch.where(ended, scores, replaced - missing.penalty)
+    instead = scores - missing.penalty if missing.score is None else torch.full_like(scores, missing.score)
+    return torch.where(ended, scores, instead)
 
 
 @torch.no_grad()
@@ -123,10 +125,29 @@ class PretrainingMix:
     """Texts whose loss is mixed in (PTX). Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 2."""
 
     def __init__(
-        self, demonstrations: Sequence[Demonstration], codec: TextCodec, device: torch.device
+        self,
+        demonstrations: Sequence[Demonstration],
+        codec: TextCodec,
+        device: torch.device,
+        *,
+        max_response_tokens: int,
     ) -> None:
-        self.prompts = [codec.encode_prompt(each.prompt) for each in demonstrations]
-        self.responses = [codec.encode_response(each.response) for each in demonstrations]
+        pairs = [
+            (codec.encode_prompt(each.prompt), codec.encode_response(each.response))
+            for each in demonstrations
+        ]
+        fitting = [pair for pair in pairs if len(pair[1]) <= max_response_tokens]
+        if not fitting:
+            raise ValueError(
+                f"ptx_coef: all {len(pairs)} responses of data.demonstrations.train are longer than "
+                f"data.max_response_tokens={max_response_tokens}: raise it, or set ptx_coef=0"
+            )
+        if len(fitting) < len(pairs):
+            print(
+                f"ptx: {len(pairs) - len(fitting)} of {len(pairs)} texts left out, their responses are "
+                f"longer than data.max_response_tokens={max_response_tokens}"
+            )
+        self.prompts, self.responses = zip(*fitting, strict=True)
         self.pad_token_id, self.device = codec.pad_token_id, device
 
     def batch(self, size: int, *seed: int) -> Rollout:

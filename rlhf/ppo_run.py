@@ -43,6 +43,7 @@ from rlhf.training_state import (
     load_trained_weights,
     load_training_state,
     permutation,
+    read_values,
     save_trained_weights,
     save_training_state,
 )
@@ -102,7 +103,10 @@ class PPORun:
         self.roles, self.models, self.reward = roles, roles.actor_critic, reward
         self.prompts, self.eval_prompts = _split(prompts, config)
         self.policy = Policy(self.models.policy, codec, roles.engine)
-        mix = PretrainingMix(demonstrations, codec, roles.engine.device) if demonstrations else None
+        mix = None
+        if demonstrations:
+            longest = config.data.max_response_tokens
+            mix = PretrainingMix(demonstrations, codec, roles.engine.device, max_response_tokens=longest)
         self.learner = Learner(self.models, roles.engine, config, mix=mix)
         self.mean_reward: float | None = None
         kl = config.kl
@@ -141,7 +145,7 @@ class PPORun:
                 if interrupted:
                     raise KeyboardInterrupt
         if self.best.get("step", config.updates) != config.updates:
-            load_trained_weights(self.best_folder(), self.models)
+            load_trained_weights(self.best_folder(self.best), self.models)
             print(
                 "the model is the policy of update {step:.0f}, of held-out reward {reward:.2f}".format(
                     **self.best
@@ -158,7 +162,10 @@ class PPORun:
         seed = config.seed * 1_000_003 + step
         rollout = self.policy.respond([record.prompt for record in records], self.decoding, seed=seed)
         sampled = time.perf_counter()
-        scores = self.scores(records, rollout)
+        try:
+            scores = self.scores(records, rollout)
+        except ValueError as error:
+            raise ValueError(f"update {step}: {error}") from error
         baseline = self.baseline(records) if config.algo == "reinforce" else None
         experience = build_experience(
             self.roles, rollout, scores, config=config, kl_coef=self.kl.coef, baseline=baseline
@@ -207,13 +214,13 @@ class PPORun:
         reward = score - self.config.kl.coef * kl
         if reward > self.best.get("reward", -math.inf):
             self.best = {"step": step, "reward": reward}
-            with new_folder(self.best_folder()) as folder:
+            with new_folder(self.best_folder(self.best)) as folder:
                 save_trained_weights(folder, self.models)
         return {"eval_score": score, "eval_kl": kl, "eval_reward": reward}
 
-    def best_folder(self) -> Path:
-        """Where the weights of the best evaluation lie."""
-        return self.folder.path / "state" / f"best_{self.best['step']:.0f}"
+    def best_folder(self, best: dict[str, float]) -> Path:
+        """Where the weights of the best evaluation lie; `best` is empty before the first."""
+        return self.folder.path / "state" / f"best_{best.get('step', 0):.0f}"
 
     def baseline(self, records: Sequence[PromptRecord]) -> Tensor | float | None:
         """What REINFORCE takes off the rewards; None before there are past ones: this batch's mean.
@@ -244,6 +251,7 @@ class PPORun:
         mask = experience.rollout.response_mask
         difference = float((experience.logprobs - experience.ref_logprobs)[mask].abs().max())
         tolerance = 1e-4 if self.engine.dtype == torch.float32 else 0.5
+        spread = float(experience.scores.std(correction=0))
         lengths = mask.sum(1)
         eos = (experience.rollout.response_tokens == self.codec.eos_token_id) & mask
         ends_at_eos = bool(
@@ -264,8 +272,8 @@ class PPORun:
             ),
             Check(
                 "rewards differ",
-                float(experience.scores.std()) > 0,
-                f"standard deviation {float(experience.scores.std()):.3f}",
+                spread > 0,
+                f"standard deviation {spread:.3f}",
                 "one score for every response leaves nothing to learn",
             ),
         ]
@@ -324,8 +332,10 @@ class PPORun:
         }
         with self.folder.new_state(step, keep_last=self.config.keep_last) as folder:
             save_training_state(folder, self.models, self.learner.optimizer, values)
+        states = (self.folder.path / "state").glob("step_*")
+        needed = {self.best_folder(read_values(state)["best"]) for state in states}
         for old in (self.folder.path / "state").glob("best_*"):
-            if old != self.best_folder():
+            if old not in needed:
                 shutil.rmtree(old)
 
     def restore(self, state: Path) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -37,15 +38,17 @@ def save_training_state(
 
 
 def load_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put back what `save_training_state` wrote and return its `values`."""
+    """Put back what `save_training_state` wrote and return its `values`; raises ValueError where it is
+    damaged.
+    """
     load_trained_weights(folder, module)
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
+    for key, value in _read(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "random.safetensors")
+    saved = _read_json(folder)
+    tensors = _read(folder / "random.safetensors")
     name, position, has_gauss, cached = saved["random"]["numpy"]
     generators: dict[str, Any] = {
         "python": saved["random"]["python"],
@@ -65,7 +68,7 @@ def save_trained_weights(folder: Path, module: nn.Module) -> None:
 
 def load_trained_weights(folder: Path, module: nn.Module) -> None:
     """Put back what `save_trained_weights` wrote; raises ValueError where the model is another."""
-    weights = load_file(folder / "weights.safetensors")
+    weights = _read(folder / "weights.safetensors")
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     shapes = {(name, tensor.shape) for name, tensor in weights.items()}
     differing = sorted({name for name, _ in shapes ^ {(name, p.shape) for name, p in trained.items()}})
@@ -77,6 +80,33 @@ def load_trained_weights(folder: Path, module: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """The plain values of a state."""
+    return _read_json(folder)["values"]
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    path = folder / "state.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is damaged ({error}): delete {path.parent}, and resume=true goes on from the state before "
+        "it where one was kept (keep_last), else from the start"
+    )
 
 
 def permutation(size: int, *seed: int) -> np.ndarray[Any, Any]:

@@ -1,6 +1,7 @@
 """Which values of a configuration are refused, and how a misspelt word finds the right one."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -34,6 +35,8 @@ AT_LEAST_ONE = {
 }
 NOT_EMPTY = {"name", "runs", "model.path", "policy", "critic", "base"}
 ABOVE_ZERO = {"temperature", "repetition_penalty", "reward_clip"}
+MOST_KL_ERROR = 0.2  # by which the adaptive controller moves kl.coef, times episodes / kl.horizon
+ANY_SIGN = {"missing_eos_score"}
 FRACTIONS = {"top_p", "warmup_ratio", "eval_fraction", "dropout", "gae.gamma", "gae.lam"}
 SCORER_KEYS = {
     "model": {"path"},
@@ -163,6 +166,11 @@ def _check_ppo(config: PPOConfig) -> None:
         raise ValueError(
             f"whiten_rewards=true with algo={config.algo}, which has one reward a response: set it to false"
         )
+    if config.kl.controller == "adaptive" and config.kl.horizon <= MOST_KL_ERROR * config.batch_size:
+        raise ValueError(
+            f"kl.horizon={config.kl.horizon} with batch_size={config.batch_size}: one update would turn the "
+            f"sign of kl.coef; give more than {MOST_KL_ERROR * config.batch_size:g}"
+        )
     if config.epochs < 1:
         raise ValueError(f"epochs={config.epochs}: an update needs at least 1")
     if config.top_k != 0 or config.top_p != 1:
@@ -202,7 +210,15 @@ def _check_value(key: str, value: Any) -> None:
         check_source(key, value)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    if value < 0 or (last in AT_LEAST_ONE and value < 1) or (last in ABOVE_ZERO and value <= 0):
+    if not math.isfinite(value):
+        raise ValueError(f"{key}={value}: a finite number is expected")
+    if key == "seed" and value >= 2**32:
+        raise ValueError(f"seed={value}: at most {2**32 - 1}")
+    if (
+        (value < 0 and key not in ANY_SIGN)
+        or (last in AT_LEAST_ONE and value < 1)
+        or (last in ABOVE_ZERO and value <= 0)
+    ):
         bound = "at least 1" if last in AT_LEAST_ONE else "above 0" if last in ABOVE_ZERO else "not negative"
         raise ValueError(f"{key}={value}: a number that is {bound} is expected")
     if (key in FRACTIONS or last in FRACTIONS) and value > 1:

@@ -66,7 +66,7 @@ def main(overrides: list[str]) -> None:
         "reference": reference,
         "proxy": proxy and proxy.name,
         "gold": gold and gold.name,
-        "preferences_simulated": (config.gold or {}).get("kind") == "classifier",
+        "preferences_simulated": (config.gold or {}).get("kind") == "classifier" and config.proxy is not None,
         "systems": {each.system.name: summarise(each, reference=reference, **options) for each in scored},
         **compare(scored, baseline, **options),
         "command": shlex.join(["./launch.sh", "stage=evaluate", *overrides]),

@@ -1,9 +1,14 @@
 """Stage folders: whole or not at all, resumed only with their own settings."""
 
+import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from rlhf.checkpoint import (
     StageFolder,
@@ -15,6 +20,7 @@ from rlhf.checkpoint import (
     write_text,
 )
 from rlhf.checks import Check
+from rlhf.metrics import cut_lines_after
 
 # A safetensors file without tensors: the header's length, and the header.
 EMPTY_WEIGHTS = (2).to_bytes(8, "little") + b"{}"
@@ -43,14 +49,15 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
     assert (final / "weights").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_full_disk_is_one_clear_error_and_the_old_folder_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [functools.partial(OSError, 28), SafetensorError])
+def test_a_full_disk_is_one_clear_error_and_the_old_folder_stays(tmp_path: Path, kind: Any) -> None:
     final = tmp_path / "state"
     final.mkdir()
     with (
         pytest.raises(ValueError, match=r"cannot write .*state: .*No space left.*set runs="),
         new_folder(final),
     ):
-        raise OSError(28, "No space left on device")
+        raise kind("No space left on device")
     assert final.exists() and len(list(tmp_path.iterdir())) == 1
 
 
@@ -82,6 +89,33 @@ def test_the_latest_state_is_the_newest_whole_one(tmp_path: Path) -> None:
     (folder.path / "state" / ".step_130.1.tmp").mkdir()
     latest = folder.latest_state()
     assert latest is not None and latest.name == "checkpoint-100"
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path: Path) -> None:
+    code = f"""if True:
+        from rlhf.checkpoint import StageFolder
+        folder = StageFolder({str(tmp_path)!r}, "run", "ppo")
+        folder.prepare("seed: 1\\n", overwrite=False, resume=False)
+        print("ready", flush=True)
+        input()"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+        with pytest.raises(ValueError, match=r"another process is running stage ppo in .*set name="):
+            folder_of(tmp_path).prepare("seed: 2\n", overwrite=True, resume=False)
+        assert (folder_of(tmp_path).path / "config.yaml").read_text() == "seed: 1\n"
+        other.communicate("\n")
+    assert folder_of(tmp_path).prepare("seed: 2\n", overwrite=False, resume=False) is None
+
+
+def test_a_line_that_a_kill_cut_inside_a_character_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes('{"step": 1, "text": "é"}\n{"step": 2}\n{"step": 2, "text": "é'.encode()[:-1])
+    cut_lines_after(path, 1)
+    assert path.read_text(encoding="utf-8") == '{"step": 1, "text": "é"}\n'
+    path.write_bytes(b'{"st')
+    cut_lines_after(path, 1)
+    assert path.read_text() == ""
 
 
 def test_a_finished_folder_is_kept(tmp_path: Path) -> None:

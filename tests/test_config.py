@@ -73,6 +73,10 @@ def test_a_small_local_folder_trains_whole_unless_an_adapter_is_named(tmp_path: 
     assert load_config("sft", [f"{key}={folder}"]).adapter.name == "lora"
 
 
+def test_the_score_of_a_response_without_eos_may_be_negative() -> None:
+    assert load_config("ppo", ["missing_eos_score=-5"]).missing_eos_score == -5
+
+
 def test_settings_refer_to_each_other() -> None:
     full = load_config("sft", ["adapter=none"])
     assert full.learning_rate == full.model.learning_rate.sft
@@ -218,6 +222,10 @@ MISTAKES = [
     ("sft", ["batch_size=0"], "batch_size=0: a number that is at least 1 is expected"),
     ("sft", ["learning_rate=-1"], "learning_rate=-1.0: a number that is not negative is expected"),
     ("ppo", ["temperature=0"], "temperature=0.0: a number that is above 0 is expected"),
+    ("ppo", ["learning_rate=nan"], "learning_rate=nan: a finite number is expected"),
+    ("sft", ["learning_rate=inf"], "learning_rate=inf: a finite number is expected"),
+    ("sft", ["seed=99999999999"], "seed=99999999999: at most 4294967295"),
+    ("ppo", ["kl.controller=adaptive", "kl.horizon=10", "batch_size=64"], "give more than 12.8"),
     ("ppo", ["gae.lam=2"], "gae.lam=2.0: a number from 0 to 1 is expected"),
     (
         "ppo",

@@ -262,7 +262,7 @@ def test_advantages_are_whitened_over_the_whole_batch(folder: Path) -> None:
         (KEEP_ALL, [1.0, 2.0, 3.0]),
         (MissingEos(-1.0, 0.0), [1.0, -1.0, -1.0]),
         (MissingEos(None, 0.5), [1.0, 1.5, 2.5]),
-        (MissingEos(-1.0, 0.5), [1.0, -1.5, -1.5]),
+        (MissingEos(-1.0, 0.5), [1.0, -1.0, -1.0]),
         (MissingEos(0.0, 0.0), [1.0, 0.0, 0.0]),
     ],
 )

@@ -142,12 +142,23 @@ def test_an_entropy_bonus_adds_the_entropys_gradient(folder: Path) -> None:
     torch.testing.assert_close(found, plain + extra, rtol=0, atol=1e-5 * float(plain.norm()))
 
 
+def test_ptx_leaves_out_texts_that_are_too_long(capsys: pytest.CaptureFixture[str]) -> None:
+    codec, cpu = TextCodec(word_tokenizer(), style="plain"), torch.device("cpu")
+    lengths = sorted(len(codec.encode_response(text.response)) for text in TEXTS)
+    mix = PretrainingMix(TEXTS, codec, cpu, max_response_tokens=lengths[0])
+    assert {len(response) for response in mix.responses} == {lengths[0]}
+    left_out = len(TEXTS) - len(mix.responses)
+    assert (f"{left_out} of {len(TEXTS)} texts left out" in capsys.readouterr().out) == (left_out > 0)
+    with pytest.raises(ValueError, match=r"longer than data\.max_response_tokens=0"):
+        PretrainingMix(TEXTS, codec, cpu, max_response_tokens=0)
+
+
 def test_ptx_sums_the_texts_gradient_into_the_step(folder: Path) -> None:
     codec = TextCodec(word_tokenizer(), style="plain")
     config = settings(folder, ptx_coef=0.5)
     roles = roles_of(config)
     plain = gradient_of(roles_of(settings(folder)), config)
-    mix = PretrainingMix(TEXTS, codec, torch.device("cpu"))
+    mix = PretrainingMix(TEXTS, codec, torch.device("cpu"), max_response_tokens=50)
     found = gradient_of(roles, config, mix=mix)
     texts, models = mix.batch(6, 0), roles.actor_critic
     models.zero_grad()
@@ -275,6 +286,18 @@ def test_the_policy_of_the_best_evaluation_is_kept(
     kept = weights(run.models)
     assert all(torch.equal(kept[name], tensor) for name, tensor in states[best["step"] - 1].items())
     assert not all(torch.equal(kept[name], tensor) for name, tensor in states[-1].items())
+
+
+def test_the_best_weights_that_a_kept_state_names_are_kept(folder: Path, tmp_path: Path) -> None:
+    run = run_of(folder, tmp_path, updates=9, eval_every=1, eval_prompts=2, keep_last=2)
+    states = run.folder.path / "state"
+    (states / "best_7").mkdir(parents=True)  # left by a run that was killed after its last state
+    run.save(1)
+    for step in (2, 3, 4):
+        run.best = {"step": step, "reward": float(step)}
+        run.best_folder(run.best).mkdir()
+        run.save(step)
+    assert sorted(path.name for path in states.iterdir()) == ["best_3", "best_4", "step_3", "step_4"]
 
 
 def test_an_evaluation_changes_no_update(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Laws of the state that a resume needs: N + M steps equal N, save, load into fresh objects, M."""
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,17 @@ def test_a_permutation_depends_on_its_seeds_alone() -> None:
     np.random.rand(3)
     assert permutation(20, 1, 2).tolist() == first != permutation(20, 1, 3).tolist()
     assert sorted(first) == list(range(20))
+
+
+@pytest.mark.parametrize("size", [0, 40])
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"]
+)
+def test_a_damaged_file_is_named_with_the_way_out(tmp_path: Path, name: str, size: int) -> None:
+    model = new_model()
+    optimizer = new_optimizer(model)
+    advance(model, optimizer, 1)
+    save_training_state(tmp_path, model, optimizer, {"step": 1})
+    os.truncate(tmp_path / name, size)
+    with pytest.raises(ValueError, match=f"{name} is damaged .* delete {tmp_path}"):
+        load_training_state(tmp_path, model, optimizer)

@@ -39,10 +39,12 @@ def whiten(values: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:
     (x - mean) / sqrt(variance), biased variance (divided by n). Shapes (...), (...) -> (...). Pass the whole
     rollout batch: whitening piece by piece gives every piece its own scale.
     """
-    mean = masked_mean(values, mask)
-    centred = zero_rest(values - mean, mask)
-    whitened = centred * torch.rsqrt(masked_mean(centred.square(), mask) + VARIANCE_FLOOR)
-    return zero_rest(whitened + mean, mask) if keep_mean else whitened
+    exact = values.double().masked_fill(~mask, 0.0)  # the mean of large equal values must be that value
+    count = mask.sum().clamp(min=1)
+    mean = exact.sum() / count
+    centred = (exact - mean).masked_fill(~mask, 0.0)
+    whitened = centred * torch.rsqrt(centred.square().sum() / count + VARIANCE_FLOOR)
+    return zero_rest(whitened + mean if keep_mean else whitened, mask)
 
 
 def last_true_index(mask: Tensor) -> Tensor:

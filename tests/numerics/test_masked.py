@@ -76,6 +76,8 @@ def test_whitened_values_have_mean_0_and_biased_variance_1_over_the_mask() -> No
 
 def test_equal_values_whiten_to_zero() -> None:
     assert whiten(torch.full((3,), 2.0), torch.ones(3, dtype=torch.bool)).tolist() == [0.0, 0.0, 0.0]
+    large = torch.full((64, 26), 1000.1)  # whose float32 mean is another number
+    assert whiten(large, torch.ones(64, 26, dtype=torch.bool)).abs().max() < 1e-5
 
 
 def test_whiten_golden() -> None:
