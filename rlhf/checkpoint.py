@@ -208,6 +208,14 @@ def adapter_of(model: str, *, base: str) -> Path | None:
     return adapter if hash_weights(Path(base)) in bases else None
 
 
+def check_there(config: Any) -> None:
+    """Refuse to start without the model that a stage stands on, before anything heavy is imported."""
+    for key in ("policy", "base"):
+        path = Path(getattr(config, key, None) or ".")
+        if Path(config.runs) in path.parents and not path.exists():
+            raise FileNotFoundError(_missing(key, path))
+
+
 def _missing(key: str, path: Path) -> str:
     stage = path.parent.name
     if stage not in STAGES:

@@ -73,7 +73,7 @@ def _pair(row: Row) -> list[Row]:
     if isinstance(chosen, list) and isinstance(rejected, list):
         prompt, responses = _message_pair(row, chosen, rejected)
     elif isinstance(chosen, dict) and isinstance(rejected, dict):
-        prompt = messages_of(row.get("conversations", row.get("prompt")), "conversations")
+        prompt = _with_system(row, messages_of(row.get("conversations", row.get("prompt")), "conversations"))
         responses = [
             _last(messages_of([turn], key), key) for key, turn in (("chosen", chosen), ("rejected", rejected))
         ]
@@ -155,7 +155,7 @@ def _shared_beginning(one: str, other: str) -> str:
 
 def _conversation(key: str) -> Callable[[Row], list[Row]]:
     def convert(row: Row) -> list[Row]:
-        messages = messages_of(row[key], key)
+        messages = _with_system(row, messages_of(row[key], key))
         if messages[-1]["role"] != "assistant":
             return [{"prompt": messages}]
         if len(messages) == 1:
@@ -163,6 +163,16 @@ def _conversation(key: str) -> Callable[[Row], list[Row]]:
         return [{"prompt": messages[:-1], "response": messages[-1]["content"]}]
 
     return convert
+
+
+def _with_system(row: Row, messages: Messages) -> Messages:
+    """Put the text of a `system` column before the turns, unless they begin with one of their own."""
+    system = row.get("system")
+    if system in (None, "") or messages[0]["role"] == "system":
+        return messages
+    if not isinstance(system, str):
+        raise RowError("system", f"text is expected, not {shorten(system)}")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _completion(row: Row) -> list[Row]:
@@ -184,7 +194,21 @@ def _instruction(instruction: Any, given: Any) -> Any:
 
 
 def _alpaca(row: Row) -> list[Row]:
-    return [{"prompt": _instruction(row["instruction"], row.get("input")), "response": row["output"]}]
+    """Instruction, input and output; with a system text or a history of [question, answer] a conversation."""
+    prompt = _instruction(row["instruction"], row.get("input"))
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 for turn in history
+    ):
+        raise RowError("history", f"a list of [question, answer] is expected, not {shorten(history)}")
+    if history or row.get("system"):
+        said = [
+            {"role": role, "content": text}
+            for turn in [*history, [prompt]]
+            for role, text in zip(("user", "assistant"), turn, strict=False)
+        ]
+        prompt = _with_system(row, messages_of(said, "history"))
+    return [{"prompt": prompt, "response": row["output"]}]
 
 
 def _self_instruct(row: Row) -> list[Row]:

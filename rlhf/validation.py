@@ -58,7 +58,8 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
         whole = difflib.SequenceMatcher(None, word, candidate).ratio()
         last = difflib.SequenceMatcher(None, word.split(".")[-1], candidate.split(".")[-1]).ratio()
         begins = 0.7 if len(word) >= 3 and candidate.startswith(word) else 0.0
-        return max(whole, 0.95 * last, begins)
+        initials = "".join(part[:1] for part in candidate.split("_"))
+        return max(whole, 0.95 * last, begins, 0.9 if len(word) > 1 and word == initials else 0.0)
 
     best = max(candidates, key=likeness, default="")
     return best if best and likeness(best) >= 0.6 else None

@@ -60,7 +60,7 @@ def read_words(words: list[str]) -> tuple[str, list[str]]:
 
 def run(stage: str, overrides: list[str]) -> int:
     """Resolve every setting, then show it or run the stage."""
-    from rlhf.checkpoint import StageFolder
+    from rlhf.checkpoint import StageFolder, check_there
     from rlhf.config import load_config
     from stages import all as all_stages
     from stages.show import show
@@ -79,6 +79,7 @@ def run(stage: str, overrides: list[str]) -> int:
     if stage != "bench":
         folder = StageFolder(config.runs, config.name, stage)
         folder.check_free(overwrite=config.overwrite, resume=config.resume)
+        check_there(config)
     quiet_libraries()
     importlib.import_module(f"stages.{stage}").main(overrides)
     return 0

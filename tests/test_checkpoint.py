@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from rlhf.checkpoint import (
     StageFolder,
+    check_there,
     find_parent,
     hash_file,
     hash_weights,
@@ -20,6 +21,7 @@ from rlhf.checkpoint import (
     write_text,
 )
 from rlhf.checks import Check
+from rlhf.config import load_config
 from rlhf.metrics import cut_lines_after
 
 # A safetensors file without tensors: the header's length, and the header.
@@ -116,6 +118,14 @@ def test_a_line_that_a_kill_cut_inside_a_character_is_dropped(tmp_path: Path) ->
     path.write_bytes(b'{"st')
     cut_lines_after(path, 1)
     assert path.read_text() == ""
+
+
+def test_a_missing_model_is_named_before_anything_is_imported(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"policy=.*has not been run; run stage=sft first"):
+        check_there(load_config("ppo", [f"runs={tmp_path}", "name=x"]))
+    with pytest.raises(FileNotFoundError, match=r"base=.*run stage=sft first"):
+        check_there(load_config("rm", [f"runs={tmp_path}", "name=x"]))
+    check_there(load_config("sft", [f"runs={tmp_path}", "model=gpt2"]))
 
 
 def test_a_finished_folder_is_kept(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ MISTAKES = [
     ("sft", ["adapter.rank=1"], "adapter.rank is not a key"),
     ("sft", ["kl.coef=1"], "kl.coef is not a key of stage sft, but of ppo"),
     ("sft", ["ppo.kl.coef=1"], "ppo.<key> is for stage=ppo or stage=all"),
+    ("sft", ["lr=3"], "lr is not a key of stage sft; did you mean learning_rate?"),
     ("sft", ["reward=model"], "reward is not a key of stage sft, but of ppo, evaluate"),
     ("ppo", ["kl={coefficient: 1}"], "did you mean kl.coef?"),
     ("ppo", ["kl=3"], "kl=3: it has keys of its own, for instance kl.controller=..."),

@@ -49,6 +49,27 @@ def test_formats(row, expected):
     assert normalise(row) == expected
 
 
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+def test_system_texts_and_histories_come_before_the_turns():
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    [row] = normalise({"conversations": turns, "system": "be kind"})
+    assert row == {"prompt": [SYSTEM, question], "response": "a"}
+    [row] = normalise({"conversations": turns[:1], "chosen": turns[1], "rejected": {**turns[1], "value": "b"},
+                       "system": "be kind"})  # fmt: skip
+    assert row["prompt"] == [SYSTEM, question]
+    [row] = normalise({"messages": [SYSTEM, question, answer], "system": "be rude"})
+    assert row["prompt"] == [SYSTEM, question]
+    [row] = normalise(
+        {"instruction": "do", "input": "it", "output": "x", "history": [["q", "a"]], "system": "be kind"}
+    )
+    assert row["prompt"] == [SYSTEM, question, answer, {"role": "user", "content": "do\n\nit"}]
+    [row] = normalise({"instruction": "do", "output": "x", "history": [], "system": ""})
+    assert row["prompt"] == "do"
+
+
 def test_keys_without_a_value_do_not_count():
     assert normalise({"prompt": "q", "response": "a", "chosen": None, "responses": None}) == [
         {"prompt": "q", "response": "a"}
@@ -109,6 +130,11 @@ def test_turns_of_one_speaker_in_a_row_become_one():
         ({"prompt": [USER], "completion": [USER, ANSWER]}, "completion: 2 turns; one turn by the assistant"),
         ({"instruction": "do", "instances": []}, "instances: a list of objects with input and output"),
         ({"instruction": "do", "input": 3, "output": "a"}, "input: text is expected, not 3"),
+        ({"instruction": "do", "output": "a", "history": ["q"]}, "history: a list of [question, answer]"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}], "system": 3},
+            "system: text is expected, not 3",
+        ),
         ({}, "its keys () fit no known format"),
     ],
 )

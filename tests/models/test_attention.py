@@ -17,15 +17,16 @@ SIZES = [  # B, H, K, Q, T, D
 ]
 
 
-def inputs(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value as projections leave them: heads beside each other, then seen as a dimension."""
     rows, heads, key_heads, queries, keys, width = size
     generator = torch.Generator().manual_seed(1)
-    sizes = ((queries, heads), (keys, key_heads), (keys, key_heads))
-    return [
-        torch.randn(rows, n, h, width, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
-        for n, h in sizes
-    ]
+
+    def states(length: int, count: int) -> Tensor:
+        drawn = torch.randn(rows, length, count, width, generator=generator)
+        return drawn.to(dtype).transpose(1, 2).requires_grad_()
+
+    return states(queries, heads), states(keys, key_heads), states(keys, key_heads)
 
 
 def visible(size: tuple[int, ...]) -> Tensor:
@@ -64,14 +65,13 @@ def test_a_mask_and_its_absence_mean_the_same(size: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_bfloat16_keeps_its_digits_in_both_directions(size: tuple[int, ...]) -> None:
-    low, exact = inputs(size, torch.bfloat16), [x.detach().float() for x in inputs(size, torch.bfloat16)]
-    for each in exact:
-        each.requires_grad_()
+    low = inputs(size, torch.bfloat16)
+    query, key, value = (x.detach().float().requires_grad_() for x in low)
     result, _ = plain_attention(torch.nn.Module(), *low, None)
-    expected = fused(*exact, visible(size), None)
+    expected = fused(query, key, value, visible(size), None)
     assert result.dtype == torch.bfloat16
     gradients = torch.autograd.grad(result.float().sum(), low)
-    wanted = torch.autograd.grad(expected.sum(), exact)
+    wanted = torch.autograd.grad(expected.sum(), (query, key, value))
     for one, other in ((result.detach(), expected.detach()), *zip(gradients, wanted, strict=True)):
         assert (one.float() - other).norm() <= 0.01 * other.norm() + 1e-3
 
