@@ -45,7 +45,7 @@ from rlhf.config import load_config, resolved_yaml
 def main(overrides):
     config = load_config("STAGE", overrides)
     folder = Path(config.runs) / config.name / "STAGE"
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model").mkdir(parents=True, exist_ok=True)
     called = {"words": overrides, "cwd": os.getcwd(), "path": sys.path}
     (folder / "called.json").write_text(json.dumps(called))
     if config.seed == 13:
