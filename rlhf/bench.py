@@ -22,7 +22,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.batches import Rollout, join, left_pad
-from rlhf.checkpoint import hash_weights
 from rlhf.config import load_config
 from rlhf.engine import (
     Engine,
@@ -32,6 +31,7 @@ from rlhf.engine import (
     peak_memory,
     seed_everything,
 )
+from rlhf.files import hash_path
 from rlhf.models.adapters import add_lora, merged_copy
 from rlhf.models.loading import (
     LoadOptions,
@@ -108,7 +108,7 @@ def prepare(spec: dict[str, Any]) -> dict[str, float]:
     model.save_pretrained(str(folder / "adapter"))
     merged_copy(base, folder / "adapter", task="SEQ_CLS").save_pretrained(folder / "model")
     load_tokenizer(base).save_pretrained(folder / "model")
-    record = {"parents": [{"key": "base", "path": base, "sha256": hash_weights(Path(base))}]}
+    record = {"parents": [{"key": "base", "path": base, "sha256": hash_path(Path(base))}]}
     (folder / "stage.json").write_text(json.dumps(record), encoding="utf-8")
     return {}
 

@@ -1,47 +1,36 @@
-"""Stage folders: what a stage leaves behind, who its parents were, and the state that resuming needs.
+"""Stage folders: what a stage leaves behind, and the state that resuming needs.
 
     runs/<name>/<stage>/  model/  adapter/  stage.json (written last)  config.yaml  metrics.jsonl
     state/step_N/
 
 Every file and folder appears by rename when it is complete, so a killed run leaves the old one or the new
-one.
+one. A finished stage that is run again lies in <stage>.before until the new one is finished.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError, safe_open
 
 from rlhf.checks import Check
-from rlhf.config import STAGES
-from rlhf.sources import is_path_like
+from rlhf.files import hash_path, new_folder, write_text
+from rlhf.parents import Parent
 
 # Settings that may differ between a run and its continuation: they change no number.
 FREE_ON_RESUME = {"resume", "overwrite", "force", "show", "tracker", "keep_last", "log_steps"}
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-
-
-@dataclass(frozen=True)
-class Parent:
-    """An input of a stage: the key that named it, where it lay, and the hash of its weights or records."""
-
-    key: str
-    path: str
-    sha256: str
 
 
 class StageFolder:
@@ -49,6 +38,7 @@ class StageFolder:
 
     def __init__(self, runs: str, name: str, stage: str) -> None:
         self.path = Path(runs) / name / stage
+        self.before = self.path.with_name(f"{stage}.before")
         self.stage = stage
         self._lock: Any = None
 
@@ -69,7 +59,11 @@ class StageFolder:
             _check_same_config(self.path / "config.yaml", resolved_config)
         try:
             self._take()
-            if state is None and self.path.exists():
+            if (self.path / "stage.json").exists():
+                shutil.rmtree(self.before, ignore_errors=True)
+                os.replace(self.path, self.before)
+                print(f"the result so far is kept in {self.before} until the new one is finished")
+            elif state is None and self.path.exists():
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", resolved_config)
@@ -92,7 +86,12 @@ class StageFolder:
             ) from error
 
     def check_free(self, *, overwrite: bool, resume: bool) -> None:
-        """Raise ValueError where the stage is finished, or was interrupted, and nothing was said about it."""
+        """Raise ValueError where the stage is finished, or was interrupted, and nothing was said about it, or
+        where its folder cannot be written.
+        """
+        place = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise ValueError(f"cannot write to {place}; set runs= to another folder")
         if overwrite:
             return
         if (self.path / "stage.json").exists():
@@ -149,168 +148,15 @@ class StageFolder:
             **facts,
         }
         if self.model.exists():
-            record["model_sha256"] = hash_weights(self.model)
+            record["model_sha256"] = hash_path(self.model)
         write_text(self.path / "stage.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        shutil.rmtree(self.before, ignore_errors=True)
         return record
-
-
-def find_parent(key: str, path: str, *, kind: str, force: bool, optional: bool = False) -> Parent:
-    """Identify an input of a stage; refuse one unfinished, of another kind, or with failed checks.
-
-    `kind` is "policy", "reward_model" or "records". A hub name or a folder that no stage wrote is taken as
-    it is. `optional`: the stage can do without this input, and the message about a missing one says how.
-    """
-    folder = Path(path)
-    record_file = folder.parent / "stage.json"
-    if not folder.exists():
-        if (folder.parent / "config.yaml").exists() or is_path_like(path):
-            raise FileNotFoundError(_missing(key, folder) + (f", or set {key}=null" if optional else ""))
-        return Parent(key, path, "")
-    if folder.is_dir():
-        _check_model_folder(key, folder)
-    if not record_file.exists():
-        if (folder.parent / "config.yaml").exists():
-            stage = folder.parent.name
-            remedy = (
-                f"run stage={stage} resume=true" if stage in STAGES else "finish the stage that writes it"
-            )
-            raise FileNotFoundError(f"{key}={path} was left half written: its stage did not finish; {remedy}")
-        return Parent(key, path, hash_weights(folder) if folder.is_dir() else hash_file(folder))
-    try:
-        record = json.loads(record_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{key}: {record_file} is damaged ({error}); run its stage again") from error
-    if record["kind"] != kind:
-        raise ValueError(
-            f"{key}={path} was written by stage {record['stage']}: a {record['kind'].replace('_', ' ')}; "
-            f"a {kind.replace('_', ' ')} is due here"
-        )
-    failed = [check for check in record["checks"] if not check["passed"]]
-    if failed and not force:
-        reasons = "; ".join(f"{check['name']}: {check['value']} ({check['meaning']})" for check in failed)
-        raise ValueError(f"{key}={path} failed its own checks: {reasons}. Mend it, or go on with force=true")
-    found = hash_weights(folder) if folder.is_dir() else hash_file(folder)
-    if folder.is_dir() and found != record["model_sha256"] and not force:
-        raise ValueError(
-            f"{key}={path}: its weights are not those that stage {record['stage']} wrote (SHA-256 differs "
-            f"from {record_file}); run that stage again, or go on with force=true"
-        )
-    return Parent(key, path, found)
-
-
-def adapter_of(model: str, *, base: str) -> Path | None:
-    """The LoRA adapter whose merge into `base` is the model folder `model`, where a stage of ours left it."""
-    record_file, adapter = Path(model).parent / "stage.json", Path(model).parent / "adapter"
-    if not (record_file.exists() and adapter.exists() and Path(base).is_dir()):
-        return None
-    parents = json.loads(record_file.read_text(encoding="utf-8"))["parents"]
-    bases = {parent["sha256"] for parent in parents if parent["key"] == "base"}
-    return adapter if hash_weights(Path(base)) in bases else None
-
-
-def check_there(config: Any) -> None:
-    """Refuse to start without the model that a stage stands on, before anything heavy is imported."""
-    for key in ("policy", "base"):
-        path = Path(getattr(config, key, None) or ".")
-        if Path(config.runs) in path.parents and not path.exists():
-            raise FileNotFoundError(_missing(key, path))
-
-
-def _missing(key: str, path: Path) -> str:
-    stage = path.parent.name
-    if stage not in STAGES:
-        return f"{key}={path} does not exist; name another folder with {key}="
-    state = "was not finished" if path.parent.exists() else "has not been run"
-    return (
-        f"{key}={path} does not exist: the stage that writes it {state}; "
-        f"run stage={stage} first, or name another folder with {key}="
-    )
-
-
-def _check_model_folder(key: str, folder: Path) -> None:
-    """Refuse a folder without a model: a stage's folder itself, a bare adapter, or one that lost files."""
-    weights = sorted(folder.glob("*.safetensors"))
-    if (folder / "config.json").exists() and weights:
-        for file in weights:
-            try:
-                with safe_open(str(file), framework="numpy"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{key}={folder}: {file.name} is cut short or damaged ({error}); write or fetch it again"
-                ) from error
-        return
-    if (folder / "model" / "config.json").exists():
-        raise FileNotFoundError(f"{key}={folder} is a stage's folder; name {folder / 'model'}")
-    if (folder / "adapter_config.json").exists():
-        raise FileNotFoundError(
-            f"{key}={folder} holds an adapter alone; name the merged model: {folder.parent / 'model'}"
-        )
-    if (folder / "config.json").exists() and [*folder.glob("*.bin"), *folder.glob("*.pt")]:
-        raise ValueError(
-            f"{key}={folder} has its weights in pickles, which are never loaded; save the model again with "
-            "safe_serialization=True where you trust it"
-        )
-    lost = "weights (*.safetensors)" if (folder / "config.json").exists() else "config.json"
-    raise FileNotFoundError(f"{key}={folder} has no {lost}: run the stage that writes it again")
-
-
-@contextlib.contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that replaces `final` when the block ends well and vanishes otherwise."""
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot write {final}: {error}; free the disk or set runs= to another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def hash_weights(folder: Path) -> str:
-    """SHA-256 over the weight files of a model folder, in order of their names."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("config.json"))
-    return _hash(files)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    return _hash([path])
-
-
-def save_model_folder(final: Path, save: Callable[[Path], None], card: str) -> None:
-    """Write a model folder by `save` with its model card, whole or not at all."""
-    with new_folder(final) as folder:
-        save(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _step(path: Path) -> int | None:
     number = path.name.replace("-", "_").rsplit("_", 1)[-1]
     return int(number) if number.isdigit() and path.name.startswith(("step_", "checkpoint-")) else None
-
-
-def _hash(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_same_config(path: Path, resolved_config: str) -> None:

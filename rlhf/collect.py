@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import write_text
+from rlhf.files import write_text
 from rlhf.metrics import progress
 from rlhf.records import PromptRecord, RankedList
 from rlhf.rewards import checked_scores

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.checkpoint import write_text
+from rlhf.files import write_text
 
 
 class MetricLog:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from rlhf.batches import Experience, Rollout
-from rlhf.checkpoint import StageFolder, new_folder
+from rlhf.checkpoint import StageFolder
 from rlhf.checks import Check, all_passed, print_checks
 from rlhf.engine import Engine
+from rlhf.files import new_folder
 from rlhf.interrupts import interrupts_held
 from rlhf.metrics import MetricLog, cut_lines_after, progress
 from rlhf.models.roles import Roles

@@ -85,14 +85,6 @@ def build_scorer(spec: dict[str, Any], config: Any, engine: Engine) -> Any:
     return WeightedSum([(part["weight"], build_scorer(part, config, engine)) for part in spec["parts"]])
 
 
-def model_paths(key: str, spec: dict[str, Any]) -> list[tuple[str, str]]:
-    """(key, path) of every reward model that a scorer spec names."""
-    if spec["kind"] == "sum":
-        parts = enumerate(spec["parts"])
-        return [found for i, part in parts for found in model_paths(f"{key}.parts[{i}]", part)]
-    return [(f"{key}.path", spec["path"])] if spec["kind"] == "model" else []
-
-
 def checked_scores(scorer: Any, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:
     """Scores (B,) in float32; a score that is not finite stops with the scorer's name and the response."""
     return _finite(scorer.name, scorer(prompts, responses), responses)

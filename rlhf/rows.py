@@ -87,11 +87,16 @@ def _jsonl_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
 
 
 def _json_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
-    """Read a list of objects, each at the line where it begins; one object per line is fine too."""
+    """Read a list of objects, each at the line where it begins; one object, or one per line, is fine too."""
     raw = file.read()
     text = _decode_file(raw)
     if not text.lstrip().startswith("["):
-        yield from _jsonl_rows(io.BytesIO(raw))
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            yield from _jsonl_rows(io.BytesIO(raw))
+        else:
+            yield 1, value if isinstance(value, dict) else _not_an_object(value)
         return
     decoder = json.JSONDecoder()
     position, line, seen = _skip(text, text.index("[") + 1), 1, 0

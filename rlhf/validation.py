@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf.settings import CollectConfig, Decoding, EvaluateConfig, PPOConfig, StageConfig
@@ -205,6 +206,8 @@ def _check_value(key: str, value: Any) -> None:
     last = key.split(".")[-1]
     if key in NOT_EMPTY and value is not None and not value.strip():
         raise ValueError(f"{key}= is empty: give it a value, or leave it out")
+    if key == "name" and (Path(value).is_absolute() or ".." in Path(value).parts):
+        raise ValueError(f"name={value}: a name below runs= is expected; runs= sets another folder")
     if key in CHOICES and value not in CHOICES[key]:
         raise ValueError(f"{key}={value}: one of {', '.join(CHOICES[key])}")
     if key.startswith(("data.demonstrations", "data.ranked", "data.prompts", "data.labelled", "ranked.")):

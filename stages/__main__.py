@@ -60,8 +60,9 @@ def read_words(words: list[str]) -> tuple[str, list[str]]:
 
 def run(stage: str, overrides: list[str]) -> int:
     """Resolve every setting, then show it or run the stage."""
-    from rlhf.checkpoint import StageFolder, check_there
+    from rlhf.checkpoint import StageFolder
     from rlhf.config import load_config
+    from rlhf.parents import check_there
     from stages import all as all_stages
     from stages.show import show
 
@@ -79,7 +80,7 @@ def run(stage: str, overrides: list[str]) -> int:
     if stage != "bench":
         folder = StageFolder(config.runs, config.name, stage)
         folder.check_free(overwrite=config.overwrite, resume=config.resume)
-        check_there(config)
+        check_there(config, folder.path)
     quiet_libraries()
     importlib.import_module(f"stages.{stage}").main(overrides)
     return 0
@@ -102,8 +103,9 @@ def quiet_libraries() -> None:
 
 def resume_command(words: list[str]) -> str:
     """Return the command that goes on with what `words` started."""
-    kept = [word for word in words if not word.startswith(("resume=", "overwrite="))]
-    return shlex.join(["./launch.sh", *kept, "resume=true"])
+    from stages.common import without_run_mode
+
+    return shlex.join(["./launch.sh", *without_run_mode(words), "resume=true"])
 
 
 if __name__ == "__main__":

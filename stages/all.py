@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf.config import PROJECT_DIR, load_config, read_config, split_overrides
 from rlhf.validation import changed_keys
+from stages.common import COMMAND_VARIABLE, without_run_mode
 
 Configs = dict[str, Any]
 ENTRY_POINT = PROJECT_DIR / "stages" / "__main__.py"
@@ -30,6 +31,7 @@ def load_configs(overrides: list[str]) -> Configs:
 def run(configs: Configs, overrides: list[str]) -> int:
     """Run the stages that are due and return the first exit status that is not 0."""
     words = split_overrides(overrides)
+    command = ["./launch.sh", "stage=all", *without_run_mode(overrides)]
     skipped = reasons_to_skip(configs)
     minutes: dict[str, float] = {}
     for number, (stage, config) in enumerate(configs.items(), start=1):
@@ -39,12 +41,13 @@ def run(configs: Configs, overrides: list[str]) -> int:
             continue
         print(f"{headline}: {stage_folder(stage, config)}", flush=True)
         start = time.monotonic()
-        status = run_child([sys.executable, str(ENTRY_POINT), f"stage={stage}", *words[stage]])
+        child = [sys.executable, str(ENTRY_POINT), f"stage={stage}", *words[stage]]
+        status = run_child(child, **{COMMAND_VARIABLE: shlex.join(command)})
         minutes[stage] = (time.monotonic() - start) / 60
         if status != 0:
-            command = shlex.join(["./launch.sh", "stage=all", *_without_run_mode(overrides), "resume=true"])
-            how = "interrupted" if status == 130 else f"failed with status {status}"
-            print(f"stage {stage} {how}; to go on: {command}", file=sys.stderr)
+            how = "interrupted" if status == 130 else f"failed with status {status}; with its cause mended"
+            again = shlex.join([*command, "resume=true"])
+            print(f"stage {stage} {how}, go on with: {again}", file=sys.stderr)
             return status
     _print_end(configs, minutes)
     return 0
@@ -85,10 +88,15 @@ def reasons_to_skip(configs: Configs) -> dict[str, str]:
     return skipped
 
 
-def run_child(command: list[str]) -> int:
-    """Run a command in its own process group, hand signals on to it, and return the status a shell would."""
+def run_child(command: list[str], **environment: str) -> int:
+    """Run a command in its own process group, hand signals on to it, and return the status a shell would.
+
+    `environment` is added to this process's.
+    """
     path = os.pathsep.join(filter(None, [str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]))
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
+    child = subprocess.Popen(
+        command, env={**os.environ, **environment, "PYTHONPATH": path}, start_new_session=True
+    )
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, lambda given, _: child.send_signal(given)) for number in numbers}
     try:
@@ -107,10 +115,6 @@ def _check_unchanged(stage: str, config: Any, folder: Path) -> None:
             f"{folder} is finished with other settings ({', '.join(changed)}): "
             "overwrite=true runs it again, name=... starts another run"
         )
-
-
-def _without_run_mode(overrides: list[str]) -> list[str]:
-    return [word for word in overrides if not word.startswith(("resume=", "overwrite="))]
 
 
 def _print_end(configs: Configs, minutes: dict[str, float]) -> None:

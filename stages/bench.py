@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import library_versions, write_text
+from rlhf.checkpoint import library_versions
 from rlhf.config import PROJECT_DIR, load_config
+from rlhf.files import write_text
 from rlhf.metrics import progress
 from rlhf.sources import fetch_wheel
 from stages.common import resolved

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from rlhf.checkpoint import find_parent
 from rlhf.checks import Check, print_checks
 from rlhf.collect import collect_ranked
 from rlhf.engine import build_engine, seed_everything
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters
 from rlhf.records import write_records
-from rlhf.rewards import build_scorer, model_paths
+from rlhf.rewards import build_scorer
 from rlhf.sampling.policy import Policy
 from rlhf.sampling.sampler import Decoding
 from stages.common import Stage, resolved
@@ -21,11 +20,7 @@ def main(overrides: list[str]) -> None:
     stage = Stage("collect", overrides)
     config, folder = stage.config, stage.folder
     config.policy = resolved(config.policy)
-    parent = find_parent("policy", config.policy, kind="policy", force=config.force)
-    parents = [parent] + [
-        find_parent(key, path, kind="reward_model", force=config.force)
-        for key, path in model_paths("labeller", config.labeller)
-    ]
+    parents = stage.find_parents()
     seed_everything(config.seed)
     engine = build_engine(config.engine, num_parameters(config.policy))
     codec = load_codec(config.policy, config.data)

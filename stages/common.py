@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config, resolved_yaml
+from rlhf.parents import Parent, find_parent, inputs_of
 from rlhf.records import Record, find_overlap, make_sources, read_records
 from rlhf.sources import is_path_like, resolve_model
 
 if TYPE_CHECKING:
     from rlhf.text import TextCodec
+
+
+COMMAND_VARIABLE = "RLHF_COMMAND"  # the command of stage=all, in the environment of its stages
 
 
 class Stage:
@@ -27,9 +33,20 @@ class Stage:
         self.folder = StageFolder(config.runs, config.name, stage)
         self.state: Path | None = None
         self._resolved = resolved_yaml(config)
-        self.facts: dict[str, Any] = {}
+        command = shlex.join(["./launch.sh", f"stage={stage}", *without_run_mode(overrides)])
+        self.facts: dict[str, Any] = {"command": os.environ.get(COMMAND_VARIABLE, command)}
         if config.data.build:
             importlib.import_module(f"data.{config.data.build}").build(Path(config.data.folder))
+
+    def find_parents(self) -> list[Parent]:
+        """The inputs that other stages wrote, each found good; the model that the stage goes on from comes
+        first.
+        """
+        force = self.config.force
+        return [
+            find_parent(key, resolved(path) if kind == "policy" else path, kind=kind, force=force)
+            for key, path, kind in inputs_of(self.config)
+        ]
 
     def begin(self) -> None:
         """Make the folder ready; called once the inputs are found good, so that overwriting loses nothing."""
@@ -88,6 +105,11 @@ class Stage:
         """The cost for the stage's last line."""
         cost = self.cost()
         return f"{cost['seconds']:.0f} s, peak memory {cost['peak_memory_gib']:.1f} GiB"
+
+
+def without_run_mode(words: Sequence[str]) -> list[str]:
+    """The words of a command that decide its results, without those that say whether it goes on or again."""
+    return [word for word in words if not word.startswith(("resume=", "overwrite="))]
 
 
 def resolved(path: str) -> str:

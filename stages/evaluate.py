@@ -4,11 +4,10 @@ and gold.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import find_parent, library_versions
+from rlhf.checkpoint import library_versions
 from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.compare import Scored, compare, summarise, verdict
 from rlhf.evaluation.report import print_table, write_report
@@ -24,6 +23,7 @@ from rlhf.evaluation.systems import (
 )
 from rlhf.metrics import progress
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters, same_tokenizer
+from rlhf.parents import Parent, find_parent, lineage, model_paths
 from rlhf.rewards import build_scorer, checked_scores
 from rlhf.sampling.policy import Policy
 from stages.collect import decoding_of
@@ -36,7 +36,7 @@ def main(overrides: list[str]) -> None:
     config, folder = stage.config, stage.folder
     systems = build_systems(config.systems, decoding_of(config.decoding, config.data.max_response_tokens))
     systems = [System(s.name, resolved(s.path), s.decoding, s.best_of) for s in systems]
-    parents = [find_parent(f"systems.{s.name}", s.path, kind="policy", force=config.force) for s in systems]
+    parents = stage.find_parents()
     for system in systems:  # a name that leads nowhere is found before the first sample
         load_codec(system.path, config.data)
     seed_everything(config.seed)
@@ -53,6 +53,9 @@ def main(overrides: list[str]) -> None:
             "neither proxy nor gold can score: set one of them, for instance "
             "gold='{kind: function, function: file.py:f}'"
         )
+    for key, scorer in (("proxy", proxy), ("gold", gold)):
+        for name, path in [] if scorer is None else model_paths(key, getattr(config, key)):
+            parents.append(find_parent(name, path, kind="reward_model", force=True))
     check_choosers(systems, proxy)
     stage.begin()
 
@@ -69,7 +72,7 @@ def main(overrides: list[str]) -> None:
         "preferences_simulated": (config.gold or {}).get("kind") == "classifier" and config.proxy is not None,
         "systems": {each.system.name: summarise(each, reference=reference, **options) for each in scored},
         **compare(scored, baseline, **options),
-        "command": shlex.join(["./launch.sh", "stage=evaluate", *overrides]),
+        "commands": commands(stage, parents),
     }
     report["verdict"] = verdict(report)
     report["versions"] = library_versions()
@@ -83,6 +86,12 @@ def main(overrides: list[str]) -> None:
     folder.drop_states()
     print_table(report)
     print(f"{report['verdict']}\nreport: {folder.path / 'report.md'} ({stage.cost_in_words()})")
+
+
+def commands(stage: Stage, parents: list[Parent]) -> list[str]:
+    """The commands that made what is compared, and this one, in order and each once."""
+    found = [record["command"] for record in lineage(parents) if "command" in record]
+    return list(dict.fromkeys([*found, stage.facts["command"]]))
 
 
 def warn_of_seen_prompts(stage: Stage, prompts: Any) -> None:

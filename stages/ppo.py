@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.checkpoint import find_parent
 from rlhf.checks import print_checks
 from rlhf.engine import build_engine, seed_everything
 from rlhf.models.adapters import uses_lora
 from rlhf.models.loading import load_codec, num_parameters
 from rlhf.models.roles import build_roles
 from rlhf.ppo_run import PPORun, build_reward
-from rlhf.rewards import model_paths
 from rlhf.training import full_precision, model_card, write_model
 from stages.common import Stage, resolved
 
@@ -22,12 +20,7 @@ def main(overrides: list[str]) -> None:
     stage = Stage("ppo", overrides)
     config, folder = stage.config, stage.folder
     config.policy = resolved(config.policy)
-    parents = [find_parent("policy", config.policy, kind="policy", force=config.force)]
-    if config.critic is not None:
-        critic = find_parent("critic", config.critic, kind="reward_model", force=config.force, optional=True)
-        parents.append(critic)
-    for key, path in model_paths("reward", config.reward):
-        parents.append(find_parent(key, path, kind="reward_model", force=config.force))
+    parents = stage.find_parents()
     seed_everything(config.seed)
     full_weights = not uses_lora(config.adapter)
     engine = build_engine(config.engine, num_parameters(config.policy), full_weights=full_weights)
@@ -51,17 +44,16 @@ def main(overrides: list[str]) -> None:
     model = full_precision(config, folder, roles.actor_critic.policy, base=config.policy, task="CAUSAL_LM")
     model.generation_config.eos_token_id = sorted({codec.eos_token_id, codec.tokenizer.eos_token_id})
     facts = {
-        "data": config.data.name,
-        "updates x episodes": f"{config.updates} x {config.batch_size}",
-        "adapter": config.adapter.name,
-        "learning rate": config.learning_rate,
+        "algorithm": config.algo,
+        "updates": config.updates,
         "kl.coef": config.kl.coef,
+        "reward": reward.name,
         **{name: f"{value:.3f}" for name, value in run.last.items() if name in ("score", "kl", "length")},
     }
     results = dict(run.last)
     if run.best:
         facts["kept update"] = results["kept_update"] = run.best["step"]
-    write_model(folder, model, codec.tokenizer, model_card("PPO policy", base=parents[0].path, facts=facts))
+    write_model(folder, model, codec.tokenizer, model_card("PPO policy", config, parents, facts))
     folder.finish("policy", parents=parents, checks=checks, results=results, **stage.cost(), **stage.facts)
     folder.drop_states()
     print_checks(checks)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf.checkpoint import find_parent
 from rlhf.checks import print_checks
 from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.rankings import (
@@ -44,13 +43,9 @@ def main(overrides: list[str]) -> None:
     stage = Stage("rm", overrides)
     config, folder = stage.config, stage.folder
     config.base = resolved(config.base)
-    parents = [find_parent("base", config.base, kind="policy", force=config.force)]
-    if isinstance(config.ranked.train, str) and config.ranked.train.startswith(config.runs):
-        parents.append(find_parent("ranked.train", config.ranked.train, kind="records", force=config.force))
+    parents = stage.find_parents()
     if config.calibration_policy is not None:
         config.calibration_policy = resolved(config.calibration_policy)
-        key, path = "calibration_policy", config.calibration_policy
-        parents.append(find_parent(key, path, kind="policy", force=config.force, optional=True))
         check_calibration_policy(config)
     seed_everything(config.seed)
     codec = load_codec(config.base, config.data)
@@ -73,13 +68,12 @@ def main(overrides: list[str]) -> None:
     samples = calibration_rows(config, codec, engine, held_out)
     stage.facts["normalisation"] = calibrate(model, samples, pad_token_id=codec.pad_token_id, engine=engine)
     results, checks = judge(model, codec.pad_token_id, engine, train.records, held_out)
-    facts = {"data": config.data.name, "lists": len(train.rows), "adapter": config.adapter.name}
-    facts |= {
+    facts = {
+        "lists": f"{len(train.rows)} of {config.ranked.train}",
         "held-out accuracy": f"{results['accuracy']['mean']:.3f}",
-        "learning rate": config.learning_rate,
     }
     tokenizer = prepare_for_saving(model, codec)
-    card = model_card("Reward model", base=parents[0].path, facts=facts, use=how_to_score(codec))
+    card = model_card("Reward model", config, parents, facts, use=how_to_score(codec))
     write_model(folder, model, tokenizer, card)
     run.log.close()
     folder.finish(

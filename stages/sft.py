@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from rlhf.checkpoint import find_parent, write_text
 from rlhf.checks import print_checks
 from rlhf.engine import build_engine, seed_everything
+from rlhf.files import write_text
 from rlhf.models.adapters import uses_lora
 from rlhf.models.loading import check_context, load_codec, num_parameters
 from rlhf.sft import SFT, sft_checks, tokenize
@@ -21,7 +21,7 @@ def main(overrides: list[str]) -> None:
     stage = Stage("sft", overrides)
     config, folder = stage.config, stage.folder
     config.policy = resolved(config.policy)
-    parent = find_parent("policy", config.policy, kind="policy", force=config.force)
+    parents = stage.find_parents()
     seed_everything(config.seed)
     codec = load_codec(config.policy, config.data)
     check_context("max_length", config.max_length, config.policy)
@@ -62,17 +62,11 @@ def main(overrides: list[str]) -> None:
 
     model = full_precision(config, folder, run.model, base=config.policy, task="CAUSAL_LM")
     model.generation_config.eos_token_id = sorted({codec.eos_token_id, codec.tokenizer.eos_token_id})
-    facts = {
-        "data": config.data.name,
-        "demonstrations": len(train),
-        "adapter": config.adapter.name,
-        "learning rate": config.learning_rate,
-        "held-out loss": f"{loss:.4f} (base {base_loss:.4f})",
-    }
-    write_model(folder, model, codec.tokenizer, model_card("SFT policy", base=parent.path, facts=facts))
+    facts = {"demonstrations": len(train), "held-out loss": f"{loss:.4f} (base {base_loss:.4f})"}
+    write_model(folder, model, codec.tokenizer, model_card("SFT policy", config, parents, facts))
     run.log.close()
     results = {"base_loss": base_loss, "loss": loss}
-    folder.finish("policy", parents=[parent], checks=checks, results=results, **stage.cost(), **stage.facts)
+    folder.finish("policy", parents=parents, checks=checks, results=results, **stage.cost(), **stage.facts)
     folder.drop_states()
     print_checks(checks)
     print(f"held-out loss {base_loss:.3f} -> {loss:.3f}; model in {folder.model} ({stage.cost_in_words()})")

@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.checkpoint import hash_file, hash_weights
 from rlhf.config import PROJECT_DIR, read_config
+from rlhf.files import hash_path
 from tests.stage_runs import (
     SMALL,
     STAGES,
@@ -44,7 +44,7 @@ def test_every_stage_says_what_it_is_and_from_what_it_came(tiny_run: Path, stage
     assert record["parents"]
     for parent in record["parents"]:
         path = Path(parent["path"])
-        assert parent["sha256"] == (hash_weights(path) if path.is_dir() else hash_file(path))
+        assert parent["sha256"] == hash_path(path)
     for check in record["checks"]:
         assert check.keys() == {"name", "passed", "value", "meaning"}
     assert bool(record["checks"]) == (stage != "evaluate")
@@ -103,7 +103,11 @@ def test_a_policy_loads_with_plain_transformers_and_generates(tiny_run: Path, st
     assert 1 <= len(response) <= 26
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\n") and "| data | toy |" in card and "learning rate" in card
+    assert card.startswith("---\n") and "base_model" not in card  # which would be a name on the hub
+    began = read_json(tiny_run / "sft" / "stage.json")["parents"][0]["path"]
+    assert f"| began with | {began} |" in card and "| data | toy |" in card and "| seed | 1 |" in card
+    for parent in read_json(folder.parent / "stage.json")["parents"]:
+        assert f"| made from: {parent['key']} | `{parent['path']}`, SHA-256 {parent['sha256']} |" in card
 
 
 def test_plain_transformers_gives_the_reward_models_scores(tiny_run: Path) -> None:
@@ -176,7 +180,10 @@ def test_report_can_be_read_and_its_plots_are_pictures(tiny_run: Path) -> None:
         assert f"]({name})" in text
         picture = (tiny_run / "evaluate" / name).read_bytes()
         assert picture.startswith(PNG) and len(picture) > 5000
-    assert "simulated" in text and "stage=evaluate" in text
+    assert "simulated" in text
+    commands = [line.strip() for line in text.splitlines() if line.startswith("    ./launch.sh")]
+    assert [command.split()[1] for command in commands] == [f"stage={stage}" for stage in STAGES]
+    assert all(f"name={tiny_run.name}" in command for command in commands)
 
 
 def test_a_finished_stage_stops_and_overwrite_runs_it_again(tiny_run: Path, tmp_path: Path) -> None:

@@ -10,19 +10,12 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from rlhf.checkpoint import (
-    StageFolder,
-    check_there,
-    find_parent,
-    hash_file,
-    hash_weights,
-    new_folder,
-    save_model_folder,
-    write_text,
-)
+from rlhf.checkpoint import StageFolder
 from rlhf.checks import Check
 from rlhf.config import load_config
+from rlhf.files import hash_path, new_folder, save_model_folder, write_text
 from rlhf.metrics import cut_lines_after
+from rlhf.parents import check_there, find_parent
 
 # A safetensors file without tensors: the header's length, and the header.
 EMPTY_WEIGHTS = (2).to_bytes(8, "little") + b"{}"
@@ -122,10 +115,30 @@ def test_a_line_that_a_kill_cut_inside_a_character_is_dropped(tmp_path: Path) ->
 
 def test_a_missing_model_is_named_before_anything_is_imported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"policy=.*has not been run; run stage=sft first"):
-        check_there(load_config("ppo", [f"runs={tmp_path}", "name=x"]))
+        check_there(load_config("ppo", [f"runs={tmp_path}", "name=x"]), tmp_path / "x" / "ppo")
     with pytest.raises(FileNotFoundError, match=r"base=.*run stage=sft first"):
-        check_there(load_config("rm", [f"runs={tmp_path}", "name=x"]))
-    check_there(load_config("sft", [f"runs={tmp_path}", "model=gpt2"]))
+        check_there(load_config("rm", [f"runs={tmp_path}", "name=x"]), tmp_path / "x" / "rm")
+    check_there(load_config("sft", [f"runs={tmp_path}", "model=gpt2"]), tmp_path / "gpt2" / "sft")
+    policy = tmp_path / "elsewhere"
+    policy.mkdir()
+    for missing, other in (("critic", "reward.path"), ("reward.path", "critic")):
+        words = [f"runs={tmp_path}", "name=x", f"policy={policy}", f"{other}={policy}"]
+        with pytest.raises(FileNotFoundError, match=rf"{missing}=.*run stage=rm first"):
+            check_there(load_config("ppo", words), tmp_path / "x" / "ppo")
+
+
+def test_a_folder_that_cannot_be_written_is_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ValueError, match=r"cannot write to .*/runs; set runs="):
+        StageFolder(str(tmp_path / "runs"), "n", "sft").check_free(overwrite=False, resume=False)
+
+
+def test_a_stage_does_not_stand_on_the_folder_that_it_replaces(tmp_path: Path) -> None:
+    model = tmp_path / "x" / "ppo" / "model"
+    model.mkdir(parents=True)
+    config = load_config("ppo", [f"runs={tmp_path}", "name=x", f"policy={model}"])
+    with pytest.raises(ValueError, match=r"policy=.* lies in .*x/ppo, which this stage replaces: .* name="):
+        check_there(config, tmp_path / "x" / "ppo")
 
 
 def test_a_finished_folder_is_kept(tmp_path: Path) -> None:
@@ -135,8 +148,13 @@ def test_a_finished_folder_is_kept(tmp_path: Path) -> None:
     for resume in (False, True):
         with pytest.raises(ValueError, match=r"stage ppo is finished, .*overwrite=true"):
             folder.prepare("seed: 1\n", overwrite=False, resume=resume)
-    assert folder.prepare("seed: 1\n", overwrite=True, resume=False) is None
-    assert not (folder.path / "stage.json").exists()
+    (folder.path / "metrics.jsonl").write_text("old")
+    for _ in range(2):  # the second one finds the first unfinished
+        assert folder.prepare("seed: 1\n", overwrite=True, resume=False) is None
+        assert not (folder.path / "stage.json").exists()
+        assert (folder.before / "metrics.jsonl").read_text() == "old"
+    folder.finish("policy", parents=[], checks=[GOOD])
+    assert [path.name for path in folder.path.parent.iterdir() if path.is_dir()] == ["ppo"]
 
 
 def test_an_interrupted_folder_says_how_to_go_on(tmp_path: Path) -> None:
@@ -176,7 +194,7 @@ def test_stage_json_states_kind_parents_and_hashes(tmp_path: Path) -> None:
     parent = find_parent("policy", str(folder.model), kind="policy", force=False)
     # by the sha256sum of coreutils
     assert parent.sha256 == "411a485216e432ece6b9af94fa32154cf79a2a56d4f81266baa50063f45092bd"
-    assert parent.sha256 == hash_weights(folder.model) == hash_file(folder.model / "model.safetensors")
+    assert parent.sha256 == hash_path(folder.model) == hash_path(folder.model / "model.safetensors")
     child = folder_of(tmp_path)
     child.prepare("seed: 1\n", overwrite=False, resume=False)
     child.finish("policy", parents=[parent], checks=[GOOD])
@@ -201,7 +219,7 @@ def test_weights_that_the_stage_did_not_write_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"not those that stage sft wrote .* force=true"):
         find_parent("policy", str(folder.model), kind="policy", force=False)
     parent = find_parent("policy", str(folder.model), kind="policy", force=True)
-    assert parent.sha256 == hash_weights(folder.model)
+    assert parent.sha256 == hash_path(folder.model)
 
 
 def test_weights_that_were_cut_short_are_refused(tmp_path: Path) -> None:
@@ -222,7 +240,7 @@ def test_other_weights_have_another_hash(tmp_path: Path) -> None:
     hashes = set()
     for text in (b"a", b"b"):
         (tmp_path / "model.safetensors").write_bytes(text)
-        hashes.add(hash_weights(tmp_path))
+        hashes.add(hash_path(tmp_path))
     assert len(hashes) == 2
 
 

@@ -46,6 +46,7 @@ def main(overrides):
     config = load_config("STAGE", overrides)
     folder = Path(config.runs) / config.name / "STAGE"
     (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "ranked.jsonl").touch()
     called = {"words": overrides, "cwd": os.getcwd(), "path": sys.path}
     (folder / "called.json").write_text(json.dumps(called))
     if config.seed == 13:
@@ -221,7 +222,7 @@ def test_all_stops_at_the_first_failure_and_goes_on_from_there(project: Path, tm
     failed = launch(project, "stage=all", *words, "rm.seed=13", folder=tmp_path)
     assert failed.returncode == 2
     assert "error: seed=13: unlucky" in failed.stderr
-    assert "stage rm failed with status 2; to go on: ./launch.sh stage=all runs=r name=n" in failed.stderr
+    assert "status 2; with its cause mended, go on with: ./launch.sh stage=all runs=r name=n" in failed.stderr
     assert not (tmp_path / "r" / "n" / "ppo").exists()
 
     again = launch(project, "stage=all", *words, folder=tmp_path)

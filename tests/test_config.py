@@ -213,6 +213,8 @@ MISTAKES = [
     ("sft", ["packing=maybe"], "packing=maybe: true or false is expected"),
     ("sft", ["name=null"], "name=null: a text is expected"),
     ("sft", ["name="], "name= is empty"),
+    ("sft", ["name=../../x"], "name=../../x: a name below runs= is expected"),
+    ("sft", ["name=/x"], "name=/x: a name below runs= is expected"),
     ("sft", ["adapter=lor"], "adapter=lor: did you mean lora? choices are int8, lora, none, qlora"),
     ("sft", ["model=smolm2"], "model=smolm2: did you mean smollm2? choices are"),
     ("sft", ["model=path"], "model.path has no value: give model.path=..."),

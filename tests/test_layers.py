@@ -32,6 +32,8 @@ LAYERS = {
     "sampling": 2,
     "engine": 2,
     "checkpoint": 2,
+    "files": 1,
+    "parents": 2,
     "metrics": 2,
     "training": 2,
     "training_state": 2,
@@ -49,7 +51,7 @@ LAYERS = {
 OUTSIDE = {"data", "stages", "tests"}
 
 # help and show=true answer in two seconds: these must load without the libraries that take longer than that
-LIGHT = ("config", "settings", "records", "sources", "checks", "checkpoint", "estimate")
+LIGHT = ("config", "settings", "records", "sources", "checks", "checkpoint", "parents", "estimate")
 HEAVY = {"torch", "transformers", "datasets", "trl", "peft", "sklearn", "matplotlib", "pandas"}
 
 

@@ -103,7 +103,7 @@ def test_a_missing_parent_names_the_stage_to_run(run: Path) -> None:
 
 
 def test_relative_folders_are_paths_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf.checkpoint import find_parent
+    from rlhf.parents import find_parent
 
     monkeypatch.chdir(run.parents[1])
     with pytest.raises(FileNotFoundError, match="run stage=ppo first"):
@@ -112,7 +112,7 @@ def test_relative_folders_are_paths_too(run: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_stages_own_folder_is_not_its_model(run: Path) -> None:
-    from rlhf.checkpoint import find_parent
+    from rlhf.parents import find_parent
 
     with pytest.raises(FileNotFoundError, match=r"is a stage's folder; name .*sft/model"):
         find_parent("policy", str(run / "sft"), kind="policy", force=False)

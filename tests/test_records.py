@@ -100,6 +100,11 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
             {"prompt": [*ONE_TURN, {"role": "assistant", "content": "x"}], "response": "r"},
             "prompt: its last turn is by assistant; a prompt ends with the user's turn",
         ),
+        (
+            "demonstrations",
+            {"messages": ONE_TURN},
+            "response: missing: the conversation ends with the user's turn",
+        ),
         ("ranked", {"prompt": "p", "response": "r"}, "responses: missing"),
         ("ranked", RANKED | {"responses": "ab"}, "responses: 'ab'; a list of texts is expected"),
         ("ranked", RANKED | {"responses": ["a"]}, "responses: 1 response(s); at least two"),

@@ -80,6 +80,8 @@ def test_json_lists_name_the_line_of_a_row(tmp_path):
     assert refused(path).startswith(f"{path}:4: response: empty")
     path.write_text('\ufeff [{"prompt": "p", "response": "r"}]\n', encoding="utf-8")
     assert read(path) == P_R
+    path.write_text('{\n  "prompt": "p",\n  "response": "r"\n}\n')
+    assert read(path) == P_R
     path.write_bytes(gzip.compress(b"[" + GOOD + b",\n" + GOOD + b"]"))
     assert read(path.rename(tmp_path / "y.json.gz")) == P_R * 2
 

@@ -95,6 +95,12 @@ def nothing(prompts, responses):
 def fails(prompts, responses):
     raise Limit("no more")
 
+def fails_on_y(prompts, responses):
+    return [{"x": 1}[response] for response in responses]
+
+def fails_on_two(prompts, responses):
+    return [1 / (2 - len(responses))]
+
 value = 3
 """
 
@@ -125,11 +131,16 @@ def test_arrays_and_tensors_are_taken(folder, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("short", "function=my_rewards.py:short returned 1 scores for 2 responses"),
+        ("short", "function=my_rewards.py:short returned 1 scores for 2 responses, the first of them 'x'"),
         ("nan", "my_rewards.py:nan returned nan for the response 'y{55} ...; a finite number"),
         ("text", "my_rewards.py:text returned '1' for the response 'x'; a finite number is expected"),
         ("nothing", "my_rewards.py:nothing returned None; a list with one number per response"),
-        ("fails", "function=my_rewards.py:fails failed with Limit: no more"),
+        (
+            "fails",
+            r"my_rewards.py:fails failed with Limit: no more \(.*/my_rewards.py:29\), for the response 'x'",
+        ),
+        ("fails_on_y", r"failed with KeyError: .*my_rewards.py:32\), for the response 'y{55} "),
+        ("fails_on_two", r"failed with ZeroDivisionError.* for 2 responses together, the first of them 'x'"),
     ],
 )
 def test_what_a_function_gives_is_checked(folder, name, message):

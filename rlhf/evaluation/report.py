@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import write_text
 from rlhf.evaluation.compare import Scored
+from rlhf.files import write_text
 
 SIMULATED = (
     "The preferences behind this run are simulated: a classifier trained on labelled texts ranked the "
@@ -132,7 +132,9 @@ def _markdown(
         f"`{report['reference']}`, a bound for best-of-n. Wins are against `{report['baseline']}`.\n\n"
         f"{table}\n{images}\n\n"
         f"## Samples\n\n{_samples(scored, num_samples)}"
-        f"\n## How to reproduce\n\n`{report['command']}`\n\n"
+        "\n## How to reproduce\n\nBeside these results with `overwrite=true` or a new `name=`:\n\n"
+        + "".join(f"    {command}\n" for command in report["commands"])
+        + "\n"
         + "".join(f"- {name} {version}\n" for name, version in report["versions"].items())
     )
 

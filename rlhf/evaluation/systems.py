@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rlhf.batches import Rollout, join, left_pad
-from rlhf.checkpoint import write_text
+from rlhf.files import write_text
 from rlhf.models.forward import response_logprobs
 from rlhf.records import PromptRecord
 from rlhf.rewards import checked_scores

@@ -20,7 +20,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from rlhf.batches import Rollout
-from rlhf.checkpoint import adapter_of
 from rlhf.engine import Engine
 from rlhf.models.adapters import (
     POLICY,
@@ -43,6 +42,7 @@ from rlhf.models.loading import (
     same_tokenizer,
     trunk,
 )
+from rlhf.parents import adapter_of
 
 
 class ActorCritic(nn.Module):

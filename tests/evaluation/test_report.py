@@ -46,7 +46,7 @@ def report_of(systems: list[Scored]) -> dict[str, Any]:
         "preferences_simulated": True,
         "systems": {s.system.name: summarise(s, reference="sft", **OPTIONS) for s in systems},
         **compare(systems, "sft", **OPTIONS),
-        "command": "./launch.sh stage=evaluate",
+        "commands": ["./launch.sh stage=evaluate"],
         "versions": {"torch": "2"},
     }
     return report | {"verdict": verdict(report)}

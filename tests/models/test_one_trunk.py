@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from rlhf.batches import Experience, join, left_pad
-from rlhf.checkpoint import adapter_of, hash_weights
 from rlhf.config import load_config
 from rlhf.engine import Engine
+from rlhf.files import hash_path
 from rlhf.models.adapters import acting, add_lora, merged_copy, read_adapter, trainable_parameters
 from rlhf.models.forward import sequence_scores
 from rlhf.models.loading import LoadOptions, load_causal_lm, load_reward_model, new_reward_model
 from rlhf.models.roles import ActorCritic, Roles, build_roles
+from rlhf.parents import adapter_of
 from rlhf.ppo import Learner, build_experience
 from rlhf.ppo_run import build_reward
 from rlhf.rewards import RewardModelScorer
@@ -52,7 +53,7 @@ def write_reward_model(folder: Path, family: str, adapter: str = "lora") -> Path
     model.save_pretrained(stage / "adapter")
     merged_copy(base, stage / "adapter", task="SEQ_CLS").save_pretrained(stage / "model")
     word_tokenizer().save_pretrained(stage / "model")
-    record = {"parents": [{"key": "base", "path": base, "sha256": hash_weights(folder / family)}]}
+    record = {"parents": [{"key": "base", "path": base, "sha256": hash_path(folder / family)}]}
     (stage / "stage.json").write_text(json.dumps(record))
     return stage / "model"
 

@@ -1,0 +1,190 @@
+"""A stage's inputs from other stages: where they lie, whether they are good, and whom they stand on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from rlhf.config import STAGES
+from rlhf.files import hash_path
+from rlhf.sources import is_path_like
+
+OPTIONAL = ("critic", "calibration_policy")  # keys whose null a stage can do without
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An input of a stage: the key that named it, where it lay, and the hash of its weights or records."""
+
+    key: str
+    path: str
+    sha256: str
+
+
+def inputs_of(config: Any) -> list[tuple[str, str, str]]:
+    """(key, path, kind) of every model and record file that a stage may have from another one.
+
+    The kind is "policy", "reward_model" or "records". What it goes on from comes first. The scorers of
+    evaluate, which can do without, are not among them.
+    """
+    found = [(key, getattr(config, key, None), "policy") for key in ("policy", "base", "calibration_policy")]
+    for name, system in getattr(config, "systems", {}).items():
+        found.append((f"systems.{name}", system if isinstance(system, str) else system["path"], "policy"))
+    found.append(("critic", getattr(config, "critic", None), "reward_model"))
+    for key in () if hasattr(config, "systems") else ("reward", "labeller"):
+        found += [(name, path, "reward_model") for name, path in model_paths(key, getattr(config, key, None))]
+    records = config.ranked.train if hasattr(config, "ranked") else None
+    if isinstance(records, str) and records.startswith(config.runs):
+        found.append(("ranked.train", records, "records"))
+    return [(key, path, kind) for key, path, kind in found if path is not None]
+
+
+def model_paths(key: str, spec: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """(key, path) of every reward model that a scorer's settings name."""
+    if spec is None or spec["kind"] not in ("sum", "model"):
+        return []
+    if spec["kind"] == "sum":
+        parts = enumerate(spec["parts"])
+        return [found for i, part in parts for found in model_paths(f"{key}.parts[{i}]", part)]
+    return [(f"{key}.path", spec["path"])]
+
+
+def check_there(config: Any, own: Path) -> None:
+    """Refuse to start without what a stage stands on, or from what lies in its `own` folder, before anything
+    heavy is imported.
+    """
+    for key, text, _ in inputs_of(config):
+        path = Path(text).expanduser().absolute()
+        if Path(config.runs) in path.parents and not path.exists():
+            raise FileNotFoundError(_missing(key, path))
+        if own in path.parents:
+            raise ValueError(
+                f"{key}={text} lies in {own}, which this stage replaces: give the new run a name= of its own"
+            )
+
+
+def find_parent(key: str, path: str, *, kind: str, force: bool) -> Parent:
+    """Identify an input of a stage; refuse one unfinished, of another kind, or with failed checks.
+
+    `kind` is "policy", "reward_model" or "records". A hub name or a folder that no stage wrote is taken as
+    it is.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if (folder.parent / "config.yaml").exists() or is_path_like(path):
+            raise FileNotFoundError(_missing(key, folder))
+        return Parent(key, path, "")
+    if folder.is_dir():
+        _check_model_folder(key, folder)
+    record = _record(key, path)
+    if record is None:
+        if (folder.parent / "config.yaml").exists():
+            stage = folder.parent.name
+            remedy = (
+                f"run stage={stage} resume=true" if stage in STAGES else "finish the stage that writes it"
+            )
+            raise FileNotFoundError(f"{key}={path} was left half written: its stage did not finish; {remedy}")
+        return Parent(key, path, hash_path(folder))
+    if record["kind"] != kind:
+        raise ValueError(
+            f"{key}={path} was written by stage {record['stage']}: a {record['kind'].replace('_', ' ')}; "
+            f"a {kind.replace('_', ' ')} is due here"
+        )
+    failed = [check for check in record["checks"] if not check["passed"]]
+    if failed and not force:
+        reasons = "; ".join(f"{check['name']}: {check['value']} ({check['meaning']})" for check in failed)
+        raise ValueError(f"{key}={path} failed its own checks: {reasons}. Mend it, or go on with force=true")
+    found = hash_path(folder)
+    if folder.is_dir() and found != record["model_sha256"] and not force:
+        raise ValueError(
+            f"{key}={path}: its weights are not those that stage {record['stage']} wrote (SHA-256 differs "
+            f"from {folder.parent / 'stage.json'}); run that stage again, or go on with force=true"
+        )
+    return Parent(key, path, found)
+
+
+def adapter_of(model: str, *, base: str) -> Path | None:
+    """The LoRA adapter whose merge into `base` is the model folder `model`, where a stage of ours left it."""
+    adapter, record = Path(model).parent / "adapter", _record("critic", model)
+    if record is None or not adapter.exists() or not Path(base).is_dir():
+        return None
+    bases = {parent["sha256"] for parent in record["parents"] if parent["key"] == "base"}
+    return adapter if hash_path(Path(base)) in bases else None
+
+
+def lineage(parents: Sequence[Parent]) -> list[dict[str, Any]]:
+    """The stage.json of every stage that the parents stand on, the oldest first and each once."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(key: str, path: str) -> None:
+        record = _record(key, path)
+        if record is not None:
+            for parent in record["parents"]:
+                add(parent["key"], parent["path"])
+            found.setdefault(str(Path(path).parent), record)
+
+    for parent in parents:
+        add(parent.key, parent.path)
+    return list(found.values())
+
+
+def origin(parents: Sequence[Parent]) -> str:
+    """The model that the first parent and its own first parents began with."""
+    ancestors = lineage(parents[:1])
+    return str(ancestors[0]["parents"][0]["path"]) if ancestors else parents[0].path
+
+
+def _record(key: str, path: str) -> dict[str, Any] | None:
+    """The stage.json beside a stage's product; None where there is none."""
+    file = Path(path).parent / "stage.json"
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{key}: {file} is damaged ({error}); run its stage again") from error
+
+
+def _missing(key: str, path: Path) -> str:
+    stage = path.parent.name
+    without = f", or set {key}=null" if key in OPTIONAL else ""
+    if stage not in STAGES:
+        return f"{key}={path} does not exist; name another folder with {key}={without}"
+    state = "was not finished" if path.parent.exists() else "has not been run"
+    return (
+        f"{key}={path} does not exist: the stage that writes it {state}; "
+        f"run stage={stage} first, or name another folder with {key}={without}"
+    )
+
+
+def _check_model_folder(key: str, folder: Path) -> None:
+    """Refuse a folder without a model: a stage's folder itself, a bare adapter, or one that lost files."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if (folder / "config.json").exists() and weights:
+        for file in weights:
+            try:
+                with safe_open(str(file), framework="numpy"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{key}={folder}: {file.name} is cut short or damaged ({error}); write or fetch it again"
+                ) from error
+        return
+    if (folder / "model" / "config.json").exists():
+        raise FileNotFoundError(f"{key}={folder} is a stage's folder; name {folder / 'model'}")
+    if (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(
+            f"{key}={folder} holds an adapter alone; name the merged model: {folder.parent / 'model'}"
+        )
+    if (folder / "config.json").exists() and [*folder.glob("*.bin"), *folder.glob("*.pt")]:
+        raise ValueError(
+            f"{key}={folder} has its weights in pickles, which are never loaded; save the model again with "
+            "safe_serialization=True where you trust it"
+        )
+    lost = "weights (*.safetensors)" if (folder / "config.json").exists() else "config.json"
+    raise FileNotFoundError(f"{key}={folder} has no {lost}: run the stage that writes it again")
