@@ -67,7 +67,7 @@ make_environment() {
 imports_are_there() {
   "$python" - "$1" <<'PYTHON'
 import importlib.util, sys
-needed = "accelerate bitsandbytes datasets filelock gguf hydra matplotlib numpy omegaconf peft psutil safetensors sklearn"
+needed = "accelerate bitsandbytes datasets filelock gguf huggingface_hub hydra matplotlib numpy omegaconf peft psutil safetensors sklearn"
 needed += " tensorboard tokenizers torch tqdm transformers trl yaml"
 if sys.argv[1] == "dev":
     needed += " mypy pytest ruff xdist"

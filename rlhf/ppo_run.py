@@ -61,7 +61,7 @@ def build_reward(config: Any, engine: Engine, roles: Roles) -> Any:
         return build_scorer(spec, config, engine)
     from rlhf.models.loading import load_codec
 
-    codec = load_codec(config.critic, config.data)
+    codec = load_codec(config.critic, config)
     return RewardModelScorer(roles.reward, codec, engine, name=spec["path"], acting=roles.as_reward)
 
 

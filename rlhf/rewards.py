@@ -69,7 +69,7 @@ def build_scorer(spec: dict[str, Any], config: Any, engine: Engine) -> Any:
     kind = spec["kind"]
     if kind == "model":
         model = load_reward_model(spec["path"], load_options(config.model, engine, trained=False))
-        return RewardModelScorer(model, load_codec(spec["path"], config.data), engine, name=spec["path"])
+        return RewardModelScorer(model, load_codec(spec["path"], config), engine, name=spec["path"])
     if kind == "classifier":
         if spec.get("train") is None:
             raise ValueError(

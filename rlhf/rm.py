@@ -204,7 +204,7 @@ def check_margins(config: Any, rows: Sequence[RankedRow]) -> None:
 
 def check_calibration_policy(config: Any) -> None:
     """Refuse a `calibration_policy` whose tokens are not those of `base`."""
-    if not same_tokenizer(config.calibration_policy, config.base):
+    if not same_tokenizer(config.calibration_policy, config.base, config.model):
         raise ValueError(
             f"calibration_policy={config.calibration_policy} has another tokenizer than base={config.base}; "
             "name the SFT model of that base, or set calibration_policy=null"

@@ -73,10 +73,12 @@ def tiny_folder() -> Path:
     return _build_once(cache_dir() / "models" / "tiny-gpt2-bytes", _write_tiny)
 
 
-def resolve_model(path: str) -> str:
-    """Return what `from_pretrained` takes: the folder of an embedded or local model, or a hub name unchanged.
+def resolve_model(path: str, revision: str | None = None) -> str:
+    """Return what `from_pretrained` takes: the folder of an embedded or local model, or a hub name unchanged;
+    with a `revision` (a branch, tag or commit) the folder of that snapshot of the hub.
 
-    Raises ValueError for a local folder without a config.json and for a path that does not exist.
+    Raises ValueError for a local folder without a config.json, for a path that does not exist, and for a
+    snapshot that cannot be had.
     """
     embedded = {"smollm2": smollm2_folder, "tiny": tiny_folder}
     if path in embedded:
@@ -95,7 +97,20 @@ def resolve_model(path: str) -> str:
             else f"does not exist{nearest_existing(folder)}"
         )
         raise ValueError(f"model {path!r}: {hint}; give smollm2, tiny, a local folder or a hub name")
-    return path
+    return path if revision is None else _snapshot(path, revision)
+
+
+def _snapshot(name: str, revision: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        others = ["*.bin", "*.pt", "*.gguf", "*.onnx*"]
+        return snapshot_download(name, revision=revision, ignore_patterns=others)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {name!r}: model.revision={revision} could not be fetched from the hub "
+            f"({type(error).__name__}); check the name, the revision and the network"
+        ) from error
 
 
 def is_path_like(path: str) -> bool:

@@ -121,7 +121,7 @@ def full_precision(config: Any, folder: StageFolder, model: Any, *, base: str, t
         return model
     adapter_folder = folder.path / "adapter"
     model.save_pretrained(str(adapter_folder), selected_adapters=[POLICY])
-    return merged_copy(base, adapter_folder, task=task)
+    return merged_copy(base, adapter_folder, task=task, trust_remote_code=config.model.trust_remote_code)
 
 
 def write_model(folder: StageFolder, model: Any, tokenizer: Any, card: str) -> None:

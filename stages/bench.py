@@ -31,7 +31,8 @@ def main(overrides: list[str]) -> None:
     config = load_config("bench", overrides)
     folder = Path(config.runs) / config.name / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    spec = {**asdict(config), "model": {**asdict(config.model), "path": resolved(config.model.path)}}
+    config.model.path = resolved(config.model.path, config.model)
+    spec = asdict(config)
     spec["lora"] = spec.pop("adapter")
     if config.find_tokens_per_pass:
         find_tokens_per_pass(config, spec)

@@ -19,11 +19,11 @@ def main(overrides: list[str]) -> None:
     """Write `ranked.jsonl`: prompts with K samples, their scores and ranks."""
     stage = Stage("collect", overrides)
     config, folder = stage.config, stage.folder
-    config.policy = resolved(config.policy)
+    config.policy = resolved(config.policy, config.model)
     parents = stage.find_parents()
     seed_everything(config.seed)
-    engine = build_engine(config.engine, num_parameters(config.policy))
-    codec = load_codec(config.policy, config.data)
+    engine = build_engine(config.engine, num_parameters(config.policy, config.model))
+    codec = load_codec(config.policy, config)
     prompts = stage.read(
         config.data.prompts.collect, "prompts", "data.prompts.collect", limit=config.num_prompts
     )

@@ -42,11 +42,11 @@ class Stage:
         """The inputs that other stages wrote, each found good; the model that the stage goes on from comes
         first.
         """
-        force = self.config.force
-        return [
-            find_parent(key, resolved(path) if kind == "policy" else path, kind=kind, force=force)
-            for key, path, kind in inputs_of(self.config)
-        ]
+        parents = []
+        for key, path, kind in inputs_of(self.config):
+            place = resolved(path, self.config.model) if kind == "policy" else path
+            parents.append(find_parent(key, place, kind=kind, force=self.config.force))
+        return parents
 
     def begin(self) -> None:
         """Make the folder ready; called once the inputs are found good, so that overwriting loses nothing."""
@@ -112,9 +112,12 @@ def without_run_mode(words: Sequence[str]) -> list[str]:
     return [word for word in words if not word.startswith(("resume=", "overwrite="))]
 
 
-def resolved(path: str) -> str:
+def resolved(path: str, model: Any) -> str:
     """A model key's value as a folder or hub name; the embedded models are fetched or built on first use.
 
-    A path that does not exist stays as it is: find_parent says which stage writes it.
+    The revision of the `model` group is that of its own path. A path that does not exist stays as it is:
+    find_parent says which stage writes it.
     """
-    return path if is_path_like(path) and not Path(path).expanduser().exists() else resolve_model(path)
+    if is_path_like(path) and not Path(path).expanduser().exists():
+        return path
+    return resolve_model(path, model.revision if path == model.path else None)

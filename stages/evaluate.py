@@ -35,18 +35,19 @@ def main(overrides: list[str]) -> None:
     stage = Stage("evaluate", overrides)
     config, folder = stage.config, stage.folder
     systems = build_systems(config.systems, decoding_of(config.decoding, config.data.max_response_tokens))
-    systems = [System(s.name, resolved(s.path), s.decoding, s.best_of) for s in systems]
+    systems = [System(s.name, resolved(s.path, config.model), s.decoding, s.best_of) for s in systems]
     parents = stage.find_parents()
     for system in systems:  # a name that leads nowhere is found before the first sample
-        load_codec(system.path, config.data)
+        load_codec(system.path, config)
     seed_everything(config.seed)
     baseline = config.baseline or ("sft" if "sft" in config.systems else systems[0].name)
-    reference = resolved(config.reference or next(s.path for s in systems if s.name == baseline))
+    named = config.reference or next(s.path for s in systems if s.name == baseline)
+    reference = resolved(named, config.model)
     prompts = stage.read(
         config.data.prompts.evaluate, "prompts", "data.prompts.evaluate", limit=config.num_prompts
     )
     warn_of_seen_prompts(stage, prompts)
-    engine = build_engine(config.engine, num_parameters(reference))
+    engine = build_engine(config.engine, num_parameters(reference, config.model))
     proxy, gold = (optional_scorer(key, getattr(config, key), config, engine) for key in ("proxy", "gold"))
     if proxy is None and gold is None:
         raise ValueError(
@@ -156,7 +157,7 @@ def score_all(
         prompts, texts = [g.prompt for g in rows], [g.response for g in rows]
         scores = [None if s is None else checked_scores(s, prompts, texts).tolist() for s in (proxy, gold)]
         ratios = None
-        if same_tokenizer(system.path, reference.codec.tokenizer.name_or_path):
+        if same_tokenizer(system.path, reference.codec.tokenizer.name_or_path, config.model):
             logprobs = reference_logprobs(reference, rows, temperature=config.decoding.temperature)
             ratios = [g.logprob - logprob for g, logprob in zip(rows, logprobs, strict=True)]
         results.append(Scored(system, rows, proxy=scores[0], gold=scores[1], log_ratios=ratios))
@@ -166,4 +167,4 @@ def score_all(
 def load_policy(path: str, config: Any, engine: Any) -> Policy:
     """A frozen policy from a checkpoint folder or hub name."""
     model = load_causal_lm(path, load_options(config.model, engine, trained=False), key="systems")
-    return Policy(model, load_codec(path, config.data), engine)
+    return Policy(model, load_codec(path, config), engine)

@@ -19,12 +19,13 @@ def main(overrides: list[str]) -> None:
     """Train `policy` for `updates` rollouts and leave a model folder."""
     stage = Stage("ppo", overrides)
     config, folder = stage.config, stage.folder
-    config.policy = resolved(config.policy)
+    config.policy = resolved(config.policy, config.model)
     parents = stage.find_parents()
     seed_everything(config.seed)
     full_weights = not uses_lora(config.adapter)
-    engine = build_engine(config.engine, num_parameters(config.policy), full_weights=full_weights)
-    codec = load_codec(config.policy, config.data)
+    size = num_parameters(config.policy, config.model)
+    engine = build_engine(config.engine, size, full_weights=full_weights)
+    codec = load_codec(config.policy, config)
     prompts = stage.read(config.data.prompts.ppo, "prompts", "data.prompts.ppo")
     demonstrations: Sequence[Any] = []
     if config.ptx_coef:

@@ -42,14 +42,14 @@ def main(overrides: list[str]) -> None:
     """Train a score head (and trunk or adapter) on ranked lists and leave a reward model."""
     stage = Stage("rm", overrides)
     config, folder = stage.config, stage.folder
-    config.base = resolved(config.base)
+    config.base = resolved(config.base, config.model)
     parents = stage.find_parents()
     if config.calibration_policy is not None:
-        config.calibration_policy = resolved(config.calibration_policy)
+        config.calibration_policy = resolved(config.calibration_policy, config.model)
         check_calibration_policy(config)
     seed_everything(config.seed)
-    codec = load_codec(config.base, config.data)
-    check_context("max_length", config.max_length, config.base)
+    codec = load_codec(config.base, config)
+    check_context("max_length", config.max_length, config.base, config.model)
     train_records, held_out_records = _read_lists(stage)
     train, held_out = (
         tokenize(records, codec, config.max_length) for records in (train_records, held_out_records)
@@ -57,7 +57,7 @@ def main(overrides: list[str]) -> None:
     report_lists(stage, train_records, train, held_out_records, held_out)
 
     full_weights = not uses_lora(config.adapter)
-    engine = build_engine(config.engine, num_parameters(config.base), full_weights=full_weights)
+    engine = build_engine(config.engine, num_parameters(config.base, config.model), full_weights=full_weights)
     check_margins(config, train.rows)
     stage.begin()
     run = RewardTraining(config, codec, engine, train.rows, folder)

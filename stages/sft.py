@@ -20,11 +20,11 @@ def main(overrides: list[str]) -> None:
     """Fine-tune `policy` and leave a model folder for the next stages."""
     stage = Stage("sft", overrides)
     config, folder = stage.config, stage.folder
-    config.policy = resolved(config.policy)
+    config.policy = resolved(config.policy, config.model)
     parents = stage.find_parents()
     seed_everything(config.seed)
-    codec = load_codec(config.policy, config.data)
-    check_context("max_length", config.max_length, config.policy)
+    codec = load_codec(config.policy, config)
+    check_context("max_length", config.max_length, config.policy, config.model)
     train = stage.read(
         config.data.demonstrations.train, "demonstrations", "data.demonstrations.train", limit=config.examples
     )
@@ -47,7 +47,8 @@ def main(overrides: list[str]) -> None:
     )
 
     full_weights = not uses_lora(config.adapter)
-    engine = build_engine(config.engine, num_parameters(config.policy), full_weights=full_weights)
+    size = num_parameters(config.policy, config.model)
+    engine = build_engine(config.engine, size, full_weights=full_weights)
     stage.begin()
     run = SFT(config, codec, engine, {"train": rows.rows, "eval": eval_rows.rows}, folder)
     base_loss, loss = run.train(stage.state)

@@ -251,6 +251,19 @@ def test_resolve_model(cache, tmp_path, monkeypatch):
         resolve_model(str(folder / "config.json"))
 
 
+def test_a_revision_is_that_snapshot_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "models--owner--name", "a" * 40
+    for file, text in ((f"snapshots/{commit}/config.json", "{}"), ("refs/v1", commit)):
+        (repository / file).parent.mkdir(parents=True)
+        (repository / file).write_text(text)
+    assert resolve_model("owner/name", "v1") == str(repository / "snapshots" / commit)
+    assert resolve_model("owner/name") == "owner/name"
+    with pytest.raises(ValueError, match=r"model 'owner/name': model.revision=v2 could not be fetched"):
+        resolve_model("owner/name", "v2")
+
+
 def test_record_files_are_replaced_with_the_facts_last(tmp_path):
     folder, facts = tmp_path / "data", tmp_path / "data" / "facts.json"
 

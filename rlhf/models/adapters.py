@@ -68,11 +68,11 @@ def uses_lora(adapter: Any) -> bool:
     return adapter.name != "none"
 
 
-def merged_copy(base: str, adapter_folder: Path, *, task: str) -> Any:
+def merged_copy(base: str, adapter_folder: Path, *, task: str, trust_remote_code: bool = False) -> Any:
     """Merge a saved adapter into a float32 copy of its base, read anew: the base itself is never rounded
     twice.
     """
-    options = LoadOptions(dtype=torch.float32, attention=None)
+    options = LoadOptions(dtype=torch.float32, attention=None, trust_remote_code=trust_remote_code)
     model = new_reward_model(base, options) if task == "SEQ_CLS" else load_causal_lm(base, options)
     return PeftModel.from_pretrained(model, str(adapter_folder)).merge_and_unload()
 

@@ -33,12 +33,11 @@ transformers_logging.set_verbosity_error()
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How weights are read: number type, quantization (none, nf4, int8), attention kernel, hub revision."""
+    """How weights are read: number type, quantization (none, nf4, int8), attention kernel, remote code."""
 
     dtype: torch.dtype = torch.float32
     quantization: str = "none"
     attention: str | None = "sdpa"
-    revision: str | None = None
     trust_remote_code: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -47,7 +46,6 @@ class LoadOptions:
         arguments: dict[str, Any] = {
             "dtype": self.dtype,
             "attn_implementation": self.attention,
-            "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
             "use_safetensors": True,
         }
@@ -73,17 +71,20 @@ def load_options(model: Any, engine: Engine, *, trained: bool, quantization: str
         dtype=torch.float32 if trained else engine.dtype,
         quantization=quantization,
         attention=model.attention,
-        revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         device=engine.device,
     )
 
 
-def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def _remote_code(model: Any | None) -> dict[str, bool]:
+    """Whether the `model` group asks for code out of the checkpoint; without the group it does not."""
+    return {"trust_remote_code": model is not None and model.trust_remote_code}
+
+
+def load_tokenizer(path: str, model: Any | None = None) -> Any:
     """Load a checkpoint's tokenizer with a pad token apart from EOS where the vocabulary has one."""
-    arguments = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_remote_code(model))
     except OSError as error:
         raise ValueError(
             f"{path}: no model folder of that name is here, and from the hub it could not be loaded "
@@ -94,10 +95,11 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     return prepare_tokenizer(tokenizer)
 
 
-def load_codec(path: str, data: Any, *, revision: str | None = None) -> TextCodec:
-    """A checkpoint's tokenizer behind the text rules of the `data` group."""
-    tokenizer = load_tokenizer(path, revision=revision)
-    num_embeddings = _text_config(path, revision).vocab_size
+def load_codec(path: str, config: Any) -> TextCodec:
+    """A checkpoint's tokenizer behind the text rules of a stage's `data` group."""
+    data = config.data
+    tokenizer = load_tokenizer(path, config.model)
+    num_embeddings = _text_config(path, config.model).vocab_size
     highest = max(tokenizer.get_vocab().values())
     if highest >= num_embeddings:
         raise ValueError(
@@ -108,20 +110,20 @@ def load_codec(path: str, data: Any, *, revision: str | None = None) -> TextCode
         "data.max_prompt_tokens + data.max_response_tokens",
         data.max_prompt_tokens + data.max_response_tokens,
         path,
-        revision=revision,
+        config.model,
     )
     return TextCodec(tokenizer, style=data.format, max_prompt_tokens=data.max_prompt_tokens)
 
 
-def check_context(key: str, num_tokens: int, path: str, *, revision: str | None = None) -> None:
+def check_context(key: str, num_tokens: int, path: str, model: Any | None = None) -> None:
     """Refuse sequences of more tokens than a model has positions."""
-    context = getattr(_text_config(path, revision), "max_position_embeddings", None)
+    context = getattr(_text_config(path, model), "max_position_embeddings", None)
     if context and num_tokens > context:
         raise ValueError(f"{key}={num_tokens}, but {path} has a context of {context} tokens: lower it")
 
 
-def _text_config(path: str, revision: str | None) -> Any:
-    return AutoConfig.from_pretrained(path, revision=revision).get_text_config()
+def _text_config(path: str, model: Any | None) -> Any:
+    return AutoConfig.from_pretrained(path, **_remote_code(model)).get_text_config()
 
 
 def load_causal_lm(path: str, options: LoadOptions, *, key: str = "policy") -> Any:
@@ -195,18 +197,19 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def num_parameters(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
+def num_parameters(path: str, model: Any | None = None) -> int:
     """Parameters of a checkpoint, counted without reading its weights."""
-    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(path, **_remote_code(model))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return AutoModelForCausalLM.from_config(config, **_remote_code(model)).num_parameters()
 
 
-def same_tokenizer(path_a: str, path_b: str) -> bool:
+def same_tokenizer(path_a: str, path_b: str, model: Any | None = None) -> bool:
     """Whether two checkpoints turn text into the same tokens; tokens added behind the others (a pad) do not
     matter.
     """
-    vocabularies = [AutoTokenizer.from_pretrained(path).get_vocab() for path in (path_a, path_b)]
+    tokenizers = [AutoTokenizer.from_pretrained(path, **_remote_code(model)) for path in (path_a, path_b)]
+    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
     smaller, larger = sorted(vocabularies, key=len)
     return smaller.items() <= larger.items()
 
@@ -256,17 +259,13 @@ def _architecture(path: str, options: LoadOptions) -> str:
         return (config.get("architectures") or [""])[0]
     if path.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"no model folder at {path}")
-    config = AutoConfig.from_pretrained(
-        path, revision=options.revision, trust_remote_code=options.trust_remote_code
-    )
+    config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     return (config.architectures or [""])[0]
 
 
 def _no_dropout(path: str, options: LoadOptions) -> dict[str, float]:
     """Every dropout rate that the configuration names, set to 0."""
-    config = AutoConfig.from_pretrained(
-        path, revision=options.revision, trust_remote_code=options.trust_remote_code
-    )
+    config = AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
     names = [name for name in config.to_dict() if "dropout" in name or name.endswith(("pdrop", "layerdrop"))]
     return {name: 0.0 for name in names if isinstance(getattr(config, name, None), float)}
 

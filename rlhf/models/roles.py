@@ -159,7 +159,7 @@ def build_roles(config: Any, engine: Engine) -> Roles:
     from_reward_model = False
     if config.critic is not None:
         check_classifier(config.critic, trained, key="critic")
-        from_reward_model = same_tokenizer(config.policy, config.critic)
+        from_reward_model = same_tokenizer(config.policy, config.critic, config.model)
     adapter = adapter_of(config.critic, base=config.policy) if lora and from_reward_model else None
     if lora and (adapter is not None or not from_reward_model):
         roles = _on_one_trunk(policy, adapter, config, engine)

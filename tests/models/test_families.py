@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.batches import Rollout, join, left_pad
+from rlhf.config import load_config
 from rlhf.models.forward import (
     response_logprobs,
     response_logprobs_and_entropy,
@@ -21,6 +22,7 @@ from rlhf.models.forward import (
 from rlhf.models.loading import (
     LoadOptions,
     load_causal_lm,
+    load_codec,
     load_reward_model,
     load_tokenizer,
     new_reward_model,
@@ -262,6 +264,47 @@ def test_a_folder_left_half_written_is_refused(folder: Path, tmp_path: Path) -> 
         load_causal_lm(str(tmp_path / "sft" / "model"), LoadOptions())
     (tmp_path / "sft" / "stage.json").write_text("{}", encoding="utf-8")
     load_causal_lm(str(tmp_path / "sft" / "model"), LoadOptions())
+
+
+REMOTE_CODE = """
+import pathlib
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pathlib.Path(MARKER).touch()
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_out_of_a_checkpoint_runs_only_where_it_is_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path, marker = tmp_path / "own", tmp_path / "it ran"
+    shutil.copytree(folder / "llama", path)
+    (path / "own.py").write_text(REMOTE_CODE.replace("MARKER", repr(str(marker))), encoding="utf-8")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": auto_map}))
+    words = ["model=tiny", "data=toy", "data.max_response_tokens=8"]
+    loaders: list[Any] = [
+        lambda config: load_codec(str(path), config),
+        lambda config: num_parameters(str(path), config.model),
+        lambda config: load_causal_lm(
+            str(path), LoadOptions(trust_remote_code=config.model.trust_remote_code)
+        ),
+    ]
+    for load_it in loaders:
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            load_it(load_config("ppo", words))
+    assert not marker.exists()
+    found = [load_it(load_config("ppo", [*words, "model.trust_remote_code=true"])) for load_it in loaders]
+    assert marker.exists() and type(found[-1]).__name__ == "OwnModel"
+    assert found[1] == num_parameters(str(folder / "llama"))
 
 
 def test_an_attention_kernel_that_the_family_lacks_is_refused(folder: Path) -> None:
