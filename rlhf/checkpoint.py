@@ -29,7 +29,18 @@ from rlhf.files import hash_path, new_folder, write_text
 from rlhf.parents import Parent
 
 # Settings that may differ between a run and its continuation: they change no number.
-FREE_ON_RESUME = {"resume", "overwrite", "force", "show", "tracker", "keep_last", "log_steps"}
+FREE_ON_RESUME = {
+    "runs",
+    "name",
+    "resume",
+    "overwrite",
+    "force",
+    "show",
+    "tracker",
+    "keep_last",
+    "log_steps",
+    "save_every",
+}
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
@@ -160,19 +171,31 @@ def _step(path: Path) -> int | None:
 
 
 def _check_same_config(path: Path, resolved_config: str) -> None:
-    before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    now = _flat(yaml.safe_load(resolved_config))
-    differing = sorted(
-        key
-        for key in before.keys() | now.keys()
-        if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
-    )
-    if differing:
-        changes = ", ".join(f"{key} ({before.get(key)} -> {now.get(key)})" for key in differing)
+    changes = changed_settings(path, resolved_config)
+    if changes:
         raise ValueError(
-            f"cannot resume {path.parent} with other settings: {changes}; "
+            f"cannot resume {path.parent} with other settings: {', '.join(changes.values())}; "
             "give the old ones, or start again with overwrite=true"
         )
+
+
+def changed_settings(path: Path, resolved_config: str) -> dict[str, str]:
+    """The settings that differ from those in a config.yaml, by key, with their old and new value in words.
+
+    What lies in the run's own folder is the same wherever that folder has been moved to.
+    """
+    before, now = (_settings(text) for text in (path.read_text(encoding="utf-8"), resolved_config))
+    return {
+        key: f"{key} ({before.get(key)} -> {now.get(key)})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
+    }
+
+
+def _settings(text: str) -> dict[str, Any]:
+    tree = yaml.safe_load(text) or {}
+    run = Path(tree.get("runs", "")) / tree.get("name", "")
+    return _flat(yaml.safe_load(text.replace(f"{run}/", "<this run>/")) or {})
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

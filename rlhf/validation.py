@@ -20,7 +20,6 @@ CHOICES = {
     "reinforce_baseline": ("moving", "greedy", "none"),
     "critic_trunk": ("own", "policy"),
 }
-RUN_MODES = {"runs", "overwrite", "resume", "force", "show", "tracker", "engine.threads"}
 AT_LEAST_ONE = {
     "batch_size",
     "minibatches",
@@ -90,12 +89,6 @@ def check_config(config: StageConfig) -> None:
             if spec is not None:
                 check_scorer(key, spec)
         check_systems(config.systems, config.baseline)
-
-
-def changed_keys(one: StageConfig, other: StageConfig) -> list[str]:
-    """Return the full keys whose values differ, apart from those that say how to run (`RUN_MODES`)."""
-    first, second = dict(_leaves(one)), dict(_leaves(other))
-    return [key for key in first if key not in RUN_MODES and first[key] != second.get(key)]
 
 
 def check_source(key: str, source: Any) -> None:

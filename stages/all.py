@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import PROJECT_DIR, load_config, read_config, split_overrides
-from rlhf.validation import changed_keys
+from rlhf.checkpoint import changed_settings
+from rlhf.config import PROJECT_DIR, load_config, resolved_yaml, split_overrides
 from stages.common import COMMAND_VARIABLE, without_run_mode
 
 Configs = dict[str, Any]
@@ -83,7 +83,7 @@ def reasons_to_skip(configs: Configs) -> dict[str, str]:
             raise ValueError(
                 f"{folder} is finished, but {missing[0]} before it is not: overwrite=true runs both again"
             )
-        _check_unchanged(stage, config, folder)
+        _check_unchanged(config, folder)
         skipped[stage] = f"finished in {folder}"
     return skipped
 
@@ -107,9 +107,10 @@ def run_child(command: list[str], **environment: str) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _check_unchanged(stage: str, config: Any, folder: Path) -> None:
+def _check_unchanged(config: Any, folder: Path) -> None:
     saved = folder / "config.yaml"
-    changed = changed_keys(config, read_config(stage, saved)) if saved.exists() else []
+    changed = changed_settings(saved, resolved_yaml(config)) if saved.exists() else {}
+    changed.pop("engine.threads", None)
     if changed:
         raise ValueError(
             f"{folder} is finished with other settings ({', '.join(changed)}): "

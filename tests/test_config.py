@@ -20,7 +20,7 @@ from rlhf.config import (
     split_overrides,
     value_type,
 )
-from rlhf.validation import changed_keys, nearest
+from rlhf.validation import nearest
 
 # What the files that leave something to the user need.
 NEEDED = {
@@ -187,11 +187,6 @@ def test_a_saved_configuration_reloads_equal(stage: str, tmp_path: Path) -> None
     config = load_config(stage, ["model=tiny", "data=toy", "name=é 'x'", "seed=3"])
     (tmp_path / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
     assert read_config(stage, tmp_path / "config.yaml") == config
-
-
-def test_changed_keys_are_named_in_full() -> None:
-    one = load_config("ppo", ["kl.coef=0.1", "resume=true"])
-    assert changed_keys(one, load_config("ppo", ["seed=2"])) == ["seed", "kl.coef"]
 
 
 MISTAKES = [

@@ -44,6 +44,7 @@ def test_leave_one_out_of_three_samples() -> None:
     # 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2
     found = leave_one_out(torch.tensor([1.0, 2.0, 6.0]), 3)
     assert found.tolist() == [-3.0, -1.5, 4.5]
+    assert leave_one_out(torch.full((6,), 1234.567), 3).tolist() == [0.0] * 6
 
 
 def test_the_golden_file_has_the_same_leave_one_out(shared: Path) -> None:

@@ -139,18 +139,23 @@ def die_writing(file: str, count: int) -> None:
     module.save_file = save_half
 
 
-@pytest.mark.parametrize(
-    ("adapter", "file"),
-    [
-        ("none", "weights.safetensors"),
-        ("lora", "optimizer.safetensors"),
-        ("qlora", "random.safetensors"),
-    ],
-)
+# adapter, what the killed run is in the middle of writing, other settings
+PPO_RUNS = [
+    ("none", "weights.safetensors", ["kl.controller=adaptive", "kl.horizon=100"]),
+    ("lora", "optimizer.safetensors", []),
+    ("qlora", "random.safetensors", []),
+    ("none", "optimizer.safetensors", ["algo=rloo", "rollouts_per_prompt=4"]),
+    ("none", "random.safetensors", ["algo=reinforce", "reinforce_baseline=greedy", "reward=sum"]),
+    ("lora", "weights.safetensors", ["algo=reinforce", "reinforce_baseline=moving"]),
+    ("none", "optimizer.safetensors", ["critic_trunk=policy", "ptx_coef=0.1"]),
+]
+
+
+@pytest.mark.parametrize(("adapter", "file", "settings"), PPO_RUNS)
 def test_ppo_killed_anywhere_ends_bit_for_bit_as_uninterrupted(
-    tiny_run: Path, tmp_path: Path, adapter: str, file: str
+    tiny_run: Path, tmp_path: Path, adapter: str, file: str, settings: list[str]
 ) -> None:
-    own = [f"adapter={adapter}", "adapter.r=4", "save_every=1", "eval_every=2", "eval_prompts=8"]
+    own = [f"adapter={adapter}", "adapter.r=4", "save_every=1", "eval_every=2", "eval_prompts=8", *settings]
     whole, words = start_of("ppo", tiny_run, tmp_path / "whole")
     started = time.monotonic()
     finished = run_stage("ppo", *words, *own)
@@ -191,10 +196,14 @@ def test_other_settings_are_refused_by_name(tiny_run: Path, tmp_path: Path) -> N
     for setting, named in (("kl.coef=0.5", "kl.coef (0.05 -> 0.5)"), ("seed=7", "seed (1 -> 7)")):
         refused = run_stage("ppo", *words, "resume=true", setting)
         assert named in refused.error and "overwrite=true" in refused.error
-    # what changes no number may change
-    resumed = run_stage("ppo", *words, "resume=true", "keep_last=2")
+    # what changes no number may change, and so may the place of the whole run
+    moved = tmp_path / "elsewhere" / "under another name"
+    moved.parent.mkdir()
+    folder.path.parent.rename(moved)
+    words = [*words[1:], f"runs={moved.parent}", f"name={moved.name}", "keep_last=2", "save_every=1"]
+    resumed = run_stage("ppo", *words, "resume=true")
     assert resumed.status == 0, resumed.output
-    assert same_results(folder.path, tiny_run / "ppo")
+    assert same_results(moved / "ppo", tiny_run / "ppo")
 
 
 def test_with_nothing_to_resume_a_run_starts_afresh(tiny_run: Path, tmp_path: Path) -> None:

@@ -68,6 +68,17 @@ class LeanLoraLinear(LoraLinear):
         return y.view(*x.shape[:-1], -1)
 
 
+def merged_weight(layer: Any, weight: Tensor) -> Tensor:
+    """W + scaling B A of the acting adapter in the number type of W: (O, I), or (I, O) where W is kept so.
+
+    The product's terms are rounded as in `_Product`, its sum once.
+    """
+    name = layer.active_adapters[0]
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
+    a, b = a.to(weight.dtype), b.to(weight.dtype)
+    return torch.addmm(weight, a.t(), b.t()) if layer.fan_in_fan_out else torch.addmm(weight, b, a)
+
+
 def make_lean(model: nn.Module) -> None:
     """Let every LoRA layer over an unquantized linear layer compute this way."""
     for module in model.modules():

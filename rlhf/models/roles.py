@@ -42,6 +42,7 @@ from rlhf.models.loading import (
     same_tokenizer,
     trunk,
 )
+from rlhf.models.lora import merged_weight
 from rlhf.parents import adapter_of
 
 
@@ -273,8 +274,7 @@ def adapters_merged(policy: Any) -> Iterator[None]:
     try:
         with torch.no_grad():
             for layer, weight, original in zip(layers, weights, originals, strict=True):
-                delta = layer.get_delta_weight(layer.active_adapters[0])
-                weight.data = (original.float() + delta.float()).to(original.dtype)
+                weight.data = merged_weight(layer, original)
         with acting(policy, None):
             yield
     finally:

@@ -35,8 +35,9 @@ def leave_one_out(rewards: Tensor, num_samples: int) -> Tensor:
     B is a multiple of `num_samples` >= 2. RLOO: Ahmadian et al. (2024), https://arxiv.org/abs/2402.14740.
     """
     assert num_samples >= 2 and rewards.dim() == 1 and len(rewards) % num_samples == 0, rewards.shape
-    groups = rewards.view(-1, num_samples)
-    return (groups - (groups.sum(1, keepdim=True) - groups) / (num_samples - 1)).flatten()
+    groups = rewards.double().view(-1, num_samples)  # equal rewards leave nothing, however large they are
+    others = (groups.sum(1, keepdim=True) - groups) / (num_samples - 1)
+    return (groups - others).flatten().to(rewards.dtype)
 
 
 @torch.no_grad()
