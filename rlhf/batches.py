@@ -142,7 +142,7 @@ def join(
     for row, response in enumerate(responses):
         tokens[row, : len(response)] = torch.tensor(response, dtype=torch.long)
         if logprobs is not None:
-            behaviour[row, : len(response)] = torch.tensor(logprobs[row])
+            behaviour[row, : len(response)] = torch.tensor(logprobs[row][: len(response)])
     lengths = torch.tensor([len(response) for response in responses])
     device = prompts.tokens.device
     mask = (torch.arange(width) < lengths.unsqueeze(1)).to(device)

@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +27,7 @@ import yaml
 from rlhf.checks import Check
 from rlhf.files import hash_path, new_folder, write_text
 from rlhf.parents import Parent
+from rlhf.processes import by_main
 
 # Settings that may differ between a run and its continuation: they change no number.
 FREE_ON_RESUME = {
@@ -40,6 +41,11 @@ FREE_ON_RESUME = {
     "keep_last",
     "log_steps",
     "save_every",
+    "num_processes",
+    "num_machines",
+    "machine_rank",
+    "main_address",
+    "main_port",
 }
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
@@ -58,6 +64,7 @@ class StageFolder:
         """The complete model folder that others load."""
         return self.path / "model"
 
+    @by_main
     def prepare(self, resolved_config: str, *, overwrite: bool, resume: bool) -> Path | None:
         """Make the folder ready for a run and return the state to resume from, if any.
 
@@ -129,18 +136,20 @@ class StageFolder:
         ]
         return max(folders, key=lambda path: _step(path) or 0, default=None)
 
-    @contextlib.contextmanager
-    def new_state(self, step: int, *, keep_last: int) -> Iterator[Path]:
-        """A folder to write the state of `step` into; it becomes state/step_N when the block ends well."""
-        final = self.path / "state" / f"step_{step}"
-        with new_folder(final) as folder:
-            yield folder
+    def new_state(self, step: int, write: Callable[[Path], object], *, keep_last: int) -> None:
+        """Write the state of `step` by `write(folder)`; it becomes state/step_N once that has ended well."""
+        new_folder(self.path / "state" / f"step_{step}", write)
+        self._drop_old_states(keep_last)
+
+    @by_main
+    def _drop_old_states(self, keep_last: int) -> None:
         for left in (self.path / "state").glob(".step_*.tmp"):  # by a kill
             shutil.rmtree(left)
         states = sorted((self.path / "state").glob("step_*"), key=lambda path: _step(path) or 0)
         for old in states[: -max(keep_last, 1)]:
             shutil.rmtree(old)
 
+    @by_main
     def drop_states(self) -> None:
         """Delete what only an interrupted run needs."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
@@ -160,9 +169,13 @@ class StageFolder:
         }
         if self.model.exists():
             record["model_sha256"] = hash_path(self.model)
-        write_text(self.path / "stage.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        shutil.rmtree(self.before, ignore_errors=True)
+        self._write_record(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         return record
+
+    @by_main
+    def _write_record(self, text: str) -> None:
+        write_text(self.path / "stage.json", text)
+        shutil.rmtree(self.before, ignore_errors=True)
 
 
 def _step(path: Path) -> int | None:

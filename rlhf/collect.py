@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.files import write_text
+from rlhf.files import append_text, write_text
 from rlhf.metrics import progress
 from rlhf.records import PromptRecord, RankedList
 from rlhf.rewards import checked_scores
@@ -41,21 +41,16 @@ def collect_ranked(  # noqa: PLR0913 (a policy, its prompts, a labeller, a file,
         unit="prompt",
         description="collect",
     )
-    with partial.open("a", encoding="utf-8") as stream:
-        for start in list(starts)[len(done) :]:
-            batch = records[start : start + prompts_per_batch]
-            prompts = [record.prompt for record in batch for _ in range(samples_per_prompt)]
-            responses = policy.respond(prompts, decoding, seed=seed * 1_000_003 + start).responses()
-            groups = [
-                responses[i : i + samples_per_prompt] for i in range(0, len(responses), samples_per_prompt)
-            ]
-            lists = [
-                _ranked(record, policy.codec, rows, labeller)
-                for record, rows in zip(batch, groups, strict=True)
-            ]
-            stream.write(json.dumps([row for row in lists if row is not None]) + "\n")
-            stream.flush()
-            bar.update(len(batch))
+    for start in list(starts)[len(done) :]:
+        batch = records[start : start + prompts_per_batch]
+        prompts = [record.prompt for record in batch for _ in range(samples_per_prompt)]
+        responses = policy.respond(prompts, decoding, seed=seed * 1_000_003 + start).responses()
+        groups = [responses[i : i + samples_per_prompt] for i in range(0, len(responses), samples_per_prompt)]
+        lists = [
+            _ranked(record, policy.codec, rows, labeller) for record, rows in zip(batch, groups, strict=True)
+        ]
+        append_text(partial, json.dumps([row for row in lists if row is not None]) + "\n")
+        bar.update(len(batch))
     bar.close()
     return [_record(row, policy.codec.fingerprint()) for rows in _read_partial(partial) for row in rows]
 

@@ -67,6 +67,8 @@ def load_config(stage: str, overrides: list[str]) -> Any:
     config = _compose(stage, groups)
     for key, text in values:
         _set(config, stage, key, _read(value_type(stage, key), text))
+    if not config.runs.strip():
+        raise ValueError("runs= is empty: give it a value, or leave it out")
     config.runs = str(Path(config.runs).expanduser().absolute())
     return _to_object(config)
 

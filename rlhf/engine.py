@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from rlhf import workers
+from rlhf.processes import ALONE, LOCAL_RANK, Processes, processes
 
 # Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length and to
 # hold a pass's activations. On a processor small models need more of them, and so do full weights, whose
@@ -45,6 +46,7 @@ class Engine:
     micro_batch_size: int | None = None
     tokens_per_pass: int = TOKENS_PER_PASS
     workers: int = 1
+    processes: Processes = ALONE
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Matrix products in `dtype`; nothing happens in float32."""
@@ -61,7 +63,7 @@ class Engine:
 
         A piece has at most `micro_batch_size` rows and, unless it is one row, no more tokens than
         `tokens_per_pass` with its padding. Rows of like length go together, so little padding is computed.
-        Where several workers share them they are evened out, if the limits allow.
+        Where several workers or processes share them they are evened out, if the limits allow.
 
         Scoring takes pieces as short as learning does, though it could hold longer ones: a product of more
         rows rounds differently, and in bfloat16 the first minibatch's ratio would no longer be 1.
@@ -72,8 +74,9 @@ class Engine:
             if pieces[-1] and not self._fits([*pieces[-1], row], lengths):
                 pieces.append([])
             pieces[-1].append(row)
-        if self.workers > 1 and len(order) > 1:
-            pieces = self._evened(order, lengths, -(-len(pieces) // self.workers) * self.workers) or pieces
+        shares = self.workers * self.processes.count
+        if shares > 1 and len(order) > 1:
+            pieces = self._evened(order, lengths, -(-len(pieces) // shares) * shares) or pieces
         return [torch.tensor(piece, dtype=torch.long) for piece in pieces]
 
     def _fits(self, piece: Sequence[int], lengths: Sequence[int]) -> bool:
@@ -90,8 +93,16 @@ class Engine:
         return pieces if all(piece and self._fits(piece, lengths) for piece in pieces) else None
 
     def side_by_side(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """`function` of each item, in order, computed by `workers` threads."""
+        """`function` of each item, in order, computed by `workers` threads of this process."""
         return workers.side_by_side(function, items, workers=self.workers, device=self.device.type)
+
+    def shared_out(self, function: Callable[[Any], torch.Tensor], items: Sequence[Any]) -> list[torch.Tensor]:
+        """`function` of each item, in order, computed by all processes and their workers."""
+        found = self.side_by_side(function, self.processes.share(items))
+        if self.processes.count == 1:
+            return found
+        gathered = self.processes.gathered([each.cpu() for each in found], len(items))
+        return [each.to(self.device) for each in gathered]
 
 
 def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = False) -> Engine:
@@ -109,6 +120,8 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
         raise ValueError(
             f"engine.device={name}, but this machine shows no CUDA device; use engine.device=cpu"
         )
+    if name == "cuda" and processes().count > 1:
+        name = f"cuda:{os.environ[LOCAL_RANK]}"
     device = torch.device(name)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an installed DeepSpeed need not look, and say so
@@ -129,6 +142,7 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
         settings.micro_batch_size,
         settings.tokens_per_pass or tokens_per_pass,
         min(settings.workers or (MOST_WORKERS if on_processor else 1), torch.get_num_threads()),
+        processes(),
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.files import write_text
+from rlhf.files import append_text, write_text
+from rlhf.processes import by_main, processes
 
 
 class MetricLog:
@@ -21,10 +21,7 @@ class MetricLog:
 
     def write(self, step: int, metrics: dict[str, float], seconds: dict[str, float] | None = None) -> None:
         """Append a step's metrics; the tracker alone sees `seconds`, which no run repeats."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **metrics}) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_text(self.path, json.dumps({"step": step, **metrics}) + "\n")
         if self._tracker is not None:
             self._tracker.log(
                 step, metrics | {f"seconds/{name}": value for name, value in (seconds or {}).items()}
@@ -40,6 +37,7 @@ class MetricLog:
             self._tracker.close()
 
 
+@by_main
 def cut_lines_after(path: Path, step: int) -> None:
     """Drop the lines of a jsonl file whose `step` is later, and one that a kill left half written."""
     if path.exists():
@@ -78,7 +76,7 @@ class _Run:
 
 
 def _open_tracker(tracker: str, folder: Path, run_name: str) -> Any | None:
-    if tracker == "none":
+    if tracker == "none" or not processes().is_main:
         return None
     if tracker == "tensorboard":
         return _TensorBoard(folder)
@@ -103,4 +101,5 @@ def progress(total: int, *, initial: int = 0, unit: str = "it", description: str
         dynamic_ncols=terminal,
         mininterval=0.5 if terminal else 20.0,
         smoothing=0.1,
+        disable=not processes().is_main,
     )

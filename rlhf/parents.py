@@ -55,21 +55,22 @@ def model_paths(key: str, spec: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def check_there(config: Any, own: Path) -> None:
-    """Refuse to start without what a stage stands on, or from what lies in its `own` folder, before anything
-    heavy is imported.
+    """Refuse to start from other stages' results that are missing or bad, or lie in the stage's `own` folder,
+    before anything heavy is imported.
     """
-    for key, text, _ in inputs_of(config):
+    for key, text, kind in inputs_of(config):
         path = Path(text).expanduser().absolute()
-        if Path(config.runs) in path.parents and not path.exists():
-            raise FileNotFoundError(_missing(key, path))
         if own in path.parents:
             raise ValueError(
                 f"{key}={text} lies in {own}, which this stage replaces: give the new run a name= of its own"
             )
+        if Path(config.runs) in path.parents:
+            find_parent(key, str(path), kind=kind, force=config.force)
 
 
 def find_parent(key: str, path: str, *, kind: str, force: bool) -> Parent:
-    """Identify an input of a stage; refuse one unfinished, of another kind, or with failed checks.
+    """Identify an input of a stage; refuse one unfinished, of another kind, with failed checks, or whose own
+    inputs have been replaced since.
 
     `kind` is "policy", "reward_model" or "records". A hub name or a folder that no stage wrote is taken as
     it is.
@@ -105,7 +106,22 @@ def find_parent(key: str, path: str, *, kind: str, force: bool) -> Parent:
             f"{key}={path}: its weights are not those that stage {record['stage']} wrote (SHA-256 differs "
             f"from {folder.parent / 'stage.json'}); run that stage again, or go on with force=true"
         )
+    replaced = replaced_parent(record)
+    if replaced and not force:
+        raise ValueError(
+            f"{key}={path} was made from {replaced}, which has been replaced since; run stage "
+            f"{record['stage']} again, or go on with force=true"
+        )
     return Parent(key, path, found)
+
+
+def replaced_parent(record: dict[str, Any]) -> str | None:
+    """The place of a parent in a stage.json where something else lies by now; None where there is none."""
+    for parent in record.get("parents", []):
+        place = Path(parent["path"])
+        if parent["sha256"] and place.exists() and hash_path(place) != parent["sha256"]:
+            return parent["path"]
+    return None
 
 
 def adapter_of(model: str, *, base: str) -> Path | None:
@@ -155,10 +171,12 @@ def _missing(key: str, path: Path) -> str:
     without = f", or set {key}=null" if key in OPTIONAL else ""
     if stage not in STAGES:
         return f"{key}={path} does not exist; name another folder with {key}={without}"
-    state = "was not finished" if path.parent.exists() else "has not been run"
+    state, how = ("was not finished", " resume=true") if path.parent.exists() else ("has not been run", "")
+    before = path.parent.with_name(f"{stage}.before") / path.name
+    other = f"the result before it, {key}={before}" if before.exists() else f"another folder with {key}="
     return (
         f"{key}={path} does not exist: the stage that writes it {state}; "
-        f"run stage={stage} first, or name another folder with {key}={without}"
+        f"run stage={stage}{how} first, or name {other}{without}"
     )
 
 

@@ -105,7 +105,7 @@ def _of_all_rows(role: Callable[[Rollout], Tensor], rollout: Rollout, engine: En
     pieces = [rollout.rows(index) for index in rows]
     table = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
     with engine.autocast():  # around all pieces, so that trained weights are rounded once
-        for index, found in zip(rows, engine.side_by_side(role, pieces), strict=True):
+        for index, found in zip(rows, engine.shared_out(role, pieces), strict=True):
             table[index, : found.shape[1]] = found
     return table
 
@@ -249,6 +249,9 @@ class Learner:
         parameters = [*self.models.policy_parameters(), *self.models.critic_parameters()]
         no_gradients: list[Tensor | None] = [None] * len(parameters)
 
+        processes = self.engine.processes
+        pieces = processes.share(pieces)
+
         def work(mine: Sequence[Any]) -> tuple[Tensor, list[Tensor | None]]:
             totals, gradients = torch.zeros(()), no_gradients
             for piece in mine:
@@ -261,11 +264,14 @@ class Learner:
         shares = [pieces[k :: self.engine.workers] for k in range(min(self.engine.workers, len(pieces)))]
         with self.engine.autocast():  # around all pieces, so that trained weights are rounded once
             results = self.engine.side_by_side(work, shares)
-        for _, gradients in results:
-            sums = _add([parameter.grad for parameter in parameters], gradients)
-            for parameter, gradient in zip(parameters, sums, strict=True):
-                parameter.grad = gradient
-        return sum(totals for totals, _ in results)[1:].tolist()
+        totals, gradients = torch.zeros(1), no_gradients
+        for terms_of_one, gradients_of_one in results:
+            totals, gradients = totals + terms_of_one, _add(gradients, gradients_of_one)
+        gradients = processes.sum_gradients(parameters, gradients)
+        sums = _add([parameter.grad for parameter in parameters], gradients)
+        for parameter, gradient in zip(parameters, sums, strict=True):
+            parameter.grad = gradient
+        return torch.stack(processes.all_of(totals)).sum(0)[1:].tolist()
 
     def policy_terms(self, piece: Experience, *, denominator: Tensor) -> Tensor:
         """What the policy minimises on one micro-batch, and its POLICY_TERMS."""

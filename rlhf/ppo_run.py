@@ -19,7 +19,7 @@ from rlhf.batches import Experience, Rollout
 from rlhf.checkpoint import StageFolder
 from rlhf.checks import Check, all_passed, print_checks
 from rlhf.engine import Engine
-from rlhf.files import new_folder
+from rlhf.files import append_text, new_folder
 from rlhf.interrupts import interrupts_held
 from rlhf.metrics import MetricLog, cut_lines_after, progress
 from rlhf.models.roles import Roles
@@ -35,6 +35,7 @@ from rlhf.ppo import (
     final_scores,
     policy_and_reference,
 )
+from rlhf.processes import by_main
 from rlhf.records import Demonstration, PromptRecord
 from rlhf.rewards import RewardModelScorer, build_scorer, score_samples
 from rlhf.sampling.policy import Policy
@@ -58,7 +59,7 @@ def build_reward(config: Any, engine: Engine, roles: Roles) -> Any:
     """The reward's scorer; a reward model whose trunk another role has too is not loaded again."""
     spec = config.reward
     if roles.reward is None or spec["kind"] != "model" or spec["path"] != config.critic:
-        return build_scorer(spec, config, engine)
+        return build_scorer("reward", spec, config, engine)
     from rlhf.models.loading import load_codec
 
     codec = load_codec(config.critic, config)
@@ -141,9 +142,10 @@ class PPORun:
                 log.write(step, metrics, seconds)
                 bar.update(config.batch_size)
                 bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("score", "kl", "length")})
-                if interrupted or (step % config.save_every == 0 and step < config.updates):
+                stop = any(self.engine.processes.all_of(bool(interrupted)))
+                if stop or (step % config.save_every == 0 and step < config.updates):
                     self.save(step)
-                if interrupted:
+                if stop:
                     raise KeyboardInterrupt
         if self.best.get("step", config.updates) != config.updates:
             load_trained_weights(self.best_folder(self.best), self.models)
@@ -215,8 +217,7 @@ class PPORun:
         reward = score - self.config.kl.coef * kl
         if reward > self.best.get("reward", -math.inf):
             self.best = {"step": step, "reward": reward}
-            with new_folder(self.best_folder(self.best)) as folder:
-                save_trained_weights(folder, self.models)
+            new_folder(self.best_folder(self.best), lambda folder: save_trained_weights(folder, self.models))
         return {"eval_score": score, "eval_kl": kl, "eval_reward": reward}
 
     def best_folder(self, best: dict[str, float]) -> Path:
@@ -309,16 +310,18 @@ class PPORun:
         self, step: int, records: Sequence[PromptRecord], rollout: Rollout, scores: Tensor
     ) -> None:
         """Append a few samples of this update to samples.jsonl."""
-        with (self.folder.path / "samples.jsonl").open("a", encoding="utf-8") as stream:
-            rows = list(zip(records, rollout.responses(), scores.tolist(), strict=True))[:NUM_SHOWN_SAMPLES]
-            for record, tokens, score in rows:
-                row = {
-                    "step": step,
-                    "prompt": record.prompt,
-                    "response": self.codec.decode_response(tokens),
-                    "score": round(score, 4),
-                }
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = list(zip(records, rollout.responses(), scores.tolist(), strict=True))[:NUM_SHOWN_SAMPLES]
+        shown = [
+            {
+                "step": step,
+                "prompt": record.prompt,
+                "response": self.codec.decode_response(tokens),
+                "score": round(score, 4),
+            }
+            for record, tokens, score in rows
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shown)
+        append_text(self.folder.path / "samples.jsonl", lines)
 
     def save(self, step: int) -> None:
         """Write the state after `step`."""
@@ -331,8 +334,16 @@ class PPORun:
             "first": self.first,
             "last": self.last,
         }
-        with self.folder.new_state(step, keep_last=self.config.keep_last) as folder:
-            save_training_state(folder, self.models, self.learner.optimizer, values)
+        self.folder.new_state(
+            step,
+            lambda folder: save_training_state(folder, self.models, self.learner.optimizer, values),
+            keep_last=self.config.keep_last,
+        )
+        self.drop_old_bests()
+
+    @by_main
+    def drop_old_bests(self) -> None:
+        """Keep those weights of best evaluations alone that a state names."""
         states = (self.folder.path / "state").glob("step_*")
         needed = {self.best_folder(read_values(state)["best"]) for state in states}
         for old in (self.folder.path / "state").glob("best_*"):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.formats import normalise
+from rlhf.processes import by_main
 from rlhf.reading import read_rows
 from rlhf.rows import Row, RowError, shorten
 from rlhf.schemas import (
@@ -138,6 +139,7 @@ def read_records(source: Source | Sequence[Source], kind: str, *, on_bad_row: st
     return ReadResult(records, skipped)
 
 
+@by_main
 def write_records(path: str | Path, records: Iterable[Record]) -> None:
     """Write records as jsonl that `read_records` reads back equal, at once; gzip if named .gz."""
     path = Path(path)

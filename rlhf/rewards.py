@@ -64,8 +64,15 @@ class RewardModelScorer:
         return scores.float().cpu().tolist()
 
 
-def build_scorer(spec: dict[str, Any], config: Any, engine: Engine) -> Any:
-    """Build the scorer that a spec names: {kind: model|classifier|function|sum, ...}."""
+def build_scorer(key: str, spec: dict[str, Any], config: Any, engine: Engine) -> Any:
+    """Build the scorer of the setting `key`: {kind: model|classifier|function|sum, ...}."""
+    try:
+        return _build(key, spec, config, engine)
+    except ValueError as error:
+        raise ValueError(error if key in str(error) else f"{key}: {error}") from error
+
+
+def _build(key: str, spec: dict[str, Any], config: Any, engine: Engine) -> Any:
     kind = spec["kind"]
     if kind == "model":
         model = load_reward_model(spec["path"], load_options(config.model, engine, trained=False))
@@ -82,7 +89,10 @@ def build_scorer(spec: dict[str, Any], config: Any, engine: Engine) -> Any:
         return ClassifierScorer(result.records, kind=spec.get("classifier") or "tfidf_logistic")
     if kind == "function":
         return FunctionScorer(spec["function"])
-    return WeightedSum([(part["weight"], build_scorer(part, config, engine)) for part in spec["parts"]])
+    parts = enumerate(spec["parts"])
+    return WeightedSum(
+        [(part["weight"], build_scorer(f"{key}.parts[{i}]", part, config, engine)) for i, part in parts]
+    )
 
 
 def checked_scores(scorer: Any, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:

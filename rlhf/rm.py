@@ -256,6 +256,9 @@ def score_rows(
         return _in_batches(sequence_scores, model, rows, pad_token_id=pad_token_id, engine=engine, bar=bar)
 
 
+SAME_SCORES = "the reward model gives every sample the same score; train longer or raise learning_rate"
+
+
 @torch.no_grad()
 def calibrate(
     model: Any, rows: Sequence[Sequence[int]], *, pad_token_id: int, engine: Engine
@@ -272,6 +275,8 @@ def calibrate(
     layer = layer.modules_to_save["default"] if hasattr(layer, "modules_to_save") else layer
     weight = layer.weight.data
     before = states @ weight[0].double()
+    if not before.std(correction=0) > 0:
+        raise ValueError(SAME_SCORES)
     centre = states.mean(0)
     centred = states - centre
     covariance = centred.T @ centred / len(states)
@@ -283,9 +288,7 @@ def calibrate(
     after = states @ shifted
     spread = after.std(correction=0)
     if not spread > 1e-6:
-        raise ValueError(
-            "the reward model gives every sample the same score; train longer or raise learning_rate"
-        )
+        raise ValueError(SAME_SCORES)
     weight[0] = (shifted / spread).to(weight.dtype)
     correlation = torch.corrcoef(torch.stack([before, after]))[0, 1]
     return {
@@ -310,9 +313,9 @@ def _in_batches(  # noqa: PLR0913 (what is computed of what, and where)
         tokens, mask = right_pad([rows[i] for i in index], pad_token_id)
         values = function(model, tokens.to(engine.device), mask.to(engine.device))
         if bar is not None:
-            bar.update(len(index))
+            bar.update(len(index) * engine.processes.count)
         return values
 
     with engine.autocast():
-        values = engine.side_by_side(compute, pieces)
+        values = engine.shared_out(compute, pieces)
     return torch.cat(values)[torch.cat(pieces).argsort()]

@@ -18,7 +18,8 @@ from typing import Any
 
 from rlhf.sources import nearest_existing
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", ".parquet.gz")
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 LIST_COLUMNS = ("messages", "responses", "ranks", "scores", "response_tokens", "conversations", "instances")
 
 Row = dict[str, Any]
@@ -51,7 +52,7 @@ def file_rows(path: Path) -> Iterator[Place]:
         raise ValueError(f"{path}: unknown kind of file; data files end in {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty; give a file with at least one row")
-    if name.endswith(".parquet"):
+    if name.endswith((".parquet", ".parquet.gz")):
         yield from _parquet_rows(path)
         return
     kind = name.removesuffix(".gz").rsplit(".", 1)[-1]
@@ -77,6 +78,8 @@ def file_rows(path: Path) -> Iterator[Place]:
 
 def _jsonl_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
     for number, raw in enumerate(file, start=1):
+        if number == 1 and raw.startswith(UTF_16):
+            raise DamagedFile(1, "the file is in UTF-16; save it as UTF-8")
         try:
             line = _decode(raw, first=number == 1)
         except RowError as error:
@@ -96,6 +99,8 @@ def _json_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
         except (ValueError, RecursionError):
             yield from _jsonl_rows(io.BytesIO(raw))
         else:
+            if isinstance(value, dict) and value.keys().isdisjoint(LIST_COLUMNS) and _holds_rows(value):
+                raise DamagedFile(1, f"its rows lie below a key ({', '.join(value)}); leave the list alone")
             yield 1, value if isinstance(value, dict) else _not_an_object(value)
         return
     decoder = json.JSONDecoder()
@@ -118,6 +123,11 @@ def _json_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
         raise DamagedFile(text.count("\n", 0, position) + 1, "not valid JSON (there is more behind the list)")
 
 
+def _holds_rows(value: Row) -> bool:
+    lists = [part for part in value.values() if isinstance(part, list) and part]
+    return any(all(isinstance(row, dict) for row in part) for part in lists)
+
+
 def _skip(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
@@ -135,6 +145,8 @@ def _csv_rows(file: Any) -> Iterator[tuple[int, Row | RowError]]:
             line, begins = begins, reader.line_num + 1
             if header is None:
                 header = cells
+                if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+                    raise DamagedFile(line, f"the header {shorten(header[0])} has no commas")
                 twice = sorted({name for name in header if header.count(name) > 1})
                 if twice:
                     raise DamagedFile(line, f"the header names {', '.join(twice)} twice")
@@ -168,7 +180,8 @@ def _parquet_rows(path: Path) -> Iterator[Place]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        packed = path.name.lower().endswith(".gz")
+        with parquet.ParquetFile(io.BytesIO(gzip.decompress(path.read_bytes())) if packed else path) as file:
             if file.metadata.num_rows == 0:
                 raise ValueError(f"{path}: the file is empty; give a file with at least one row")
             number = 0

@@ -137,6 +137,11 @@ class StageConfig:
     resume: bool
     force: bool
     show: bool
+    num_processes: int | None
+    num_machines: int
+    machine_rank: int
+    main_address: str | None
+    main_port: int | None
     tracker: str
     model: Model
     data: Data

@@ -123,7 +123,7 @@ def nearest_existing(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f" (nor does its folder {parent})"
-    close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
+    close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1, cutoff=0.75)
     return f"; nearest existing name: {parent / close[0]}" if close else ""
 
 

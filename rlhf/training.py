@@ -17,6 +17,7 @@ from rlhf.files import save_model_folder
 from rlhf.metrics import MetricLog, progress
 from rlhf.models.adapters import POLICY, merged_copy, uses_lora
 from rlhf.parents import Parent, origin
+from rlhf.processes import by_main
 from rlhf.sources import is_path_like
 
 
@@ -120,7 +121,7 @@ def full_precision(config: Any, folder: StageFolder, model: Any, *, base: str, t
     if not uses_lora(config.adapter):
         return model
     adapter_folder = folder.path / "adapter"
-    model.save_pretrained(str(adapter_folder), selected_adapters=[POLICY])
+    by_main(model.save_pretrained)(str(adapter_folder), selected_adapters=[POLICY])
     return merged_copy(base, adapter_folder, task=task, trust_remote_code=config.model.trust_remote_code)
 
 

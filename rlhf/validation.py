@@ -2,14 +2,15 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.settings import CollectConfig, Decoding, EvaluateConfig, PPOConfig, StageConfig
+from rlhf.settings import Adapter, CollectConfig, Decoding, EvaluateConfig, PPOConfig, StageConfig
 
-CHOICES = {
+CHOICES: dict[str, tuple[str | None, ...]] = {
     "tracker": ("tensorboard", "wandb", "trackio", "none"),
     "adapter.quantization": ("none", "nf4", "int8"),
     "engine.dtype": ("auto", "float32", "bfloat16"),
@@ -19,6 +20,7 @@ CHOICES = {
     "algo": ("ppo", "reinforce", "rloo"),
     "reinforce_baseline": ("moving", "greedy", "none"),
     "critic_trunk": ("own", "policy"),
+    "model.attention": (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3"),
 }
 AT_LEAST_ONE = {
     "batch_size",
@@ -32,9 +34,31 @@ AT_LEAST_ONE = {
     "max_response_tokens",
     "max_length",
     "bootstrap",
+    "num_processes",
+    "num_machines",
+    "main_port",
+    "examples",
+    "eval_examples",
+    "num_prompts",
+    "updates",
+    "save_every",
+    "sample_every",
+    "log_steps",
+    "save_steps",
 }
 NOT_EMPTY = {"name", "runs", "model.path", "policy", "critic", "base"}
-ABOVE_ZERO = {"temperature", "repetition_penalty", "reward_clip"}
+ABOVE_ZERO = {
+    "temperature",
+    "repetition_penalty",
+    "reward_clip",
+    "top_p",
+    "target",
+    "horizon",
+    "eval_fraction",
+    "epochs",
+}
+BELOW = {"label_smoothing": 0.5, "eval_fraction": 1.0}
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 MOST_KL_ERROR = 0.2  # by which the adaptive controller moves kl.coef, times episodes / kl.horizon
 ANY_SIGN = {"missing_eos_score"}
 FRACTIONS = {"top_p", "warmup_ratio", "eval_fraction", "dropout", "gae.gamma", "gae.lam"}
@@ -77,6 +101,7 @@ def check_config(config: StageConfig) -> None:
         _check_value(key, value)
     if isinstance(config, StageConfig) and config.overwrite and config.resume:
         raise ValueError("overwrite=true and resume=true contradict each other: give one of them")
+    _check_adapter(config.adapter)
     if isinstance(config, CollectConfig):
         check_scorer("labeller", config.labeller)
         if config.samples_per_prompt < 2:
@@ -141,6 +166,17 @@ def check_systems(systems: dict[str, Any], baseline: str | None) -> None:
         raise ValueError(f"baseline={baseline}: not one of the systems {', '.join(systems)}")
 
 
+def _check_adapter(adapter: Adapter) -> None:
+    if adapter.name == "none" and (adapter.r or adapter.quantization != "none"):
+        key, value, remedy = "adapter.r", f"{adapter.r}", "lora"
+        if adapter.quantization != "none":
+            key, value = "adapter.quantization", adapter.quantization
+            remedy = "qlora" if value == "nf4" else "int8"
+        raise ValueError(f"{key}={value} without an adapter: give adapter={remedy} as well")
+    if adapter.name != "none" and not adapter.r:
+        raise ValueError(f"adapter.r=0 with adapter={adapter.name}: at least 1 is expected")
+
+
 def _check_ppo(config: PPOConfig) -> None:
     if config.minibatches > config.batch_size:
         raise ValueError(
@@ -166,8 +202,6 @@ def _check_ppo(config: PPOConfig) -> None:
             f"kl.horizon={config.kl.horizon} with batch_size={config.batch_size}: one update would turn the "
             f"sign of kl.coef; give more than {MOST_KL_ERROR * config.batch_size:g}"
         )
-    if config.epochs < 1:
-        raise ValueError(f"epochs={config.epochs}: an update needs at least 1")
     if config.top_k != 0 or config.top_p != 1:
         raise ValueError(
             f"top_k={config.top_k}, top_p={config.top_p}: PPO learns from log-probs of the whole "
@@ -196,30 +230,36 @@ def _check_keys(key: str, mapping: dict[str, Any], allowed: set[str]) -> None:
 
 
 def _check_value(key: str, value: Any) -> None:
-    last = key.split(".")[-1]
     if key in NOT_EMPTY and value is not None and not value.strip():
         raise ValueError(f"{key}= is empty: give it a value, or leave it out")
-    if key == "name" and (Path(value).is_absolute() or ".." in Path(value).parts):
+    if key == "name" and (Path(value).is_absolute() or ".." in Path(value).parts or not Path(value).parts):
         raise ValueError(f"name={value}: a name below runs= is expected; runs= sets another folder")
     if key in CHOICES and value not in CHOICES[key]:
-        raise ValueError(f"{key}={value}: one of {', '.join(CHOICES[key])}")
+        choices = ", ".join(choice or "null" for choice in CHOICES[key])
+        raise ValueError(f"{key}={value}: one of {choices}")
+    if key == "engine.device" and not DEVICE.fullmatch(value):
+        raise ValueError(f"engine.device={value}: one of auto, cpu, cuda, cuda:<number>, mps")
     if key.startswith(("data.demonstrations", "data.ranked", "data.prompts", "data.labelled", "ranked.")):
         check_source(key, value)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    if not math.isfinite(value):
-        raise ValueError(f"{key}={value}: a finite number is expected")
-    if key == "seed" and value >= 2**32:
-        raise ValueError(f"seed={value}: at most {2**32 - 1}")
-    if (
-        (value < 0 and key not in ANY_SIGN)
-        or (last in AT_LEAST_ONE and value < 1)
-        or (last in ABOVE_ZERO and value <= 0)
-    ):
-        bound = "at least 1" if last in AT_LEAST_ONE else "above 0" if last in ABOVE_ZERO else "not negative"
-        raise ValueError(f"{key}={value}: a number that is {bound} is expected")
-    if (key in FRACTIONS or last in FRACTIONS) and value > 1:
-        raise ValueError(f"{key}={value}: a number from 0 to 1 is expected")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        _check_number(key, value)
+
+
+def _check_number(key: str, value: float) -> None:
+    last = key.split(".")[-1]
+    bounds = (
+        (math.isfinite(value), "a finite number"),
+        (last not in AT_LEAST_ONE or value >= 1, "a number that is at least 1"),
+        (last not in ABOVE_ZERO or value > 0, "a number that is above 0"),
+        (value >= 0 or key in ANY_SIGN, "a number that is not negative"),
+        (value < BELOW.get(last, math.inf), f"a number below {BELOW.get(last)}"),
+        ((key not in FRACTIONS and last not in FRACTIONS) or value <= 1, "a number from 0 to 1"),
+        (key != "seed" or value < 2**32, f"at most {2**32 - 1}"),
+        (key != "calibration_prompts" or value >= 2, "at least 2"),
+    )
+    for holds, expected in bounds:
+        if not holds:
+            raise ValueError(f"{key}={value}: {expected} is expected")
 
 
 def _leaves(config: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -8,9 +8,12 @@ import logging
 import os
 import shlex
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
+SECONDS_TO_SPEAK = 3.0
 HELP_WORDS = {"help", "--help", "-h"}
 HELP_FILE = Path(__file__).with_name("help.txt")
 
@@ -20,21 +23,40 @@ def main(words: list[str]) -> int:
     if not words or HELP_WORDS & set(words):
         print(HELP_FILE.read_text(encoding="utf-8"), end="")
         return 0
+    from rlhf.processes import RANK, OthersEndedError
+
     try:
         stage, overrides = read_words(words)
         return run(stage, overrides)
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = None
         return 0
+    except OthersEndedError:
+        time.sleep(SECONDS_TO_SPEAK)  # whoever knows why says so meanwhile, and this process is ended
+        say("error: another process of this run ended")
+        return 2
     except (ValueError, OSError) as error:  # OSError: missing files, a full disk, a hub name not found
         if os.environ.get("RLHF_TRACEBACK") == "1":
             raise
         close_bars()
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get(RANK, "0") != "0":
+            time.sleep(SECONDS_TO_SPEAK)  # the first process says it, unless it is well
+        say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted; to go on: {resume_command(words)}", file=sys.stderr)
         return 130
+
+
+def say(text: str) -> None:
+    """Print to the terminal, naming the process unless it is the first."""
+    from rlhf.processes import RANK
+
+    rank = os.environ.get(RANK, "0")
+    if rank == "0":
+        print(text, file=sys.stderr, flush=True)
+    else:
+        print(f"{text} (process {rank})", file=sys.__stderr__, flush=True)
 
 
 def read_words(words: list[str]) -> tuple[str, list[str]]:
@@ -63,7 +85,9 @@ def run(stage: str, overrides: list[str]) -> int:
     from rlhf.checkpoint import StageFolder
     from rlhf.config import load_config
     from rlhf.parents import check_there
+    from rlhf.processes import RANK
     from stages import all as all_stages
+    from stages.launch import launch, num_processes
     from stages.show import show
 
     if stage == "all":
@@ -77,10 +101,14 @@ def run(stage: str, overrides: list[str]) -> int:
     if config.show:
         show(stage, config)
         return 0
-    if stage != "bench":
+    if stage != "bench" and RANK not in os.environ:
         folder = StageFolder(config.runs, config.name, stage)
         folder.check_free(overwrite=config.overwrite, resume=config.resume)
         check_there(config, folder.path)
+        if num_processes(config) > 1:
+            return launch(stage, overrides, config)
+    if os.environ.get(RANK, "0") != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     quiet_libraries()
     importlib.import_module(f"stages.{stage}").main(overrides)
     return 0
@@ -91,6 +119,18 @@ def close_bars() -> None:
     if "tqdm" in sys.modules:
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
+
+
+def end_with_parent() -> None:
+    """End this process once the one that started it is gone: nobody would be told of its end."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(143)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def quiet_libraries() -> None:
@@ -112,4 +152,6 @@ if __name__ == "__main__":
     # nothing in the user's folder or in stages/ may pass for a library; the user's functions stay importable
     sys.path[0] = str(HELP_FILE.resolve().parents[1])
     sys.path.append(os.getcwd())
+    if {"RLHF_COMMAND", "RLHF_RANK"} & set(os.environ):  # started by another process of ours
+        end_with_parent()
     sys.exit(main(sys.argv[1:]))

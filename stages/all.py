@@ -1,5 +1,6 @@
 """sft, collect, rm, ppo and evaluate one after the other, each a process of its own."""
 
+import json
 import os
 import shlex
 import signal
@@ -11,7 +12,9 @@ from typing import Any
 
 from rlhf.checkpoint import changed_settings
 from rlhf.config import PROJECT_DIR, load_config, resolved_yaml, split_overrides
-from stages.common import COMMAND_VARIABLE, without_run_mode
+from rlhf.parents import replaced_parent
+from stages import COMMAND_VARIABLE
+from stages.common import without_run_mode
 
 Configs = dict[str, Any]
 ENTRY_POINT = PROJECT_DIR / "stages" / "__main__.py"
@@ -32,7 +35,7 @@ def run(configs: Configs, overrides: list[str]) -> int:
     """Run the stages that are due and return the first exit status that is not 0."""
     words = split_overrides(overrides)
     command = ["./launch.sh", "stage=all", *without_run_mode(overrides)]
-    skipped = reasons_to_skip(configs)
+    skipped, again = reasons_to_skip(configs)
     minutes: dict[str, float] = {}
     for number, (stage, config) in enumerate(configs.items(), start=1):
         headline = f"[{number}/{len(configs)}] {stage}"
@@ -41,13 +44,17 @@ def run(configs: Configs, overrides: list[str]) -> int:
             continue
         print(f"{headline}: {stage_folder(stage, config)}", flush=True)
         start = time.monotonic()
+        if stage in again:
+            print("  again, as what it stood on is being replaced", flush=True)
+            words[stage] = [*without_run_mode(words[stage]), "overwrite=true"]
         child = [sys.executable, str(ENTRY_POINT), f"stage={stage}", *words[stage]]
         status = run_child(child, **{COMMAND_VARIABLE: shlex.join(command)})
         minutes[stage] = (time.monotonic() - start) / 60
         if status != 0:
-            how = "interrupted" if status == 130 else f"failed with status {status}; with its cause mended"
-            again = shlex.join([*command, "resume=true"])
-            print(f"stage {stage} {how}, go on with: {again}", file=sys.stderr)
+            interrupted = status in (128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+            how = "interrupted" if interrupted else f"failed with status {status}; with its cause mended"
+            resumed = shlex.join([*command, "resume=true"])
+            print(f"stage {stage} {how}, go on with: {resumed}", file=sys.stderr)
             return status
     _print_end(configs, minutes)
     return 0
@@ -58,12 +65,14 @@ def stage_folder(stage: str, config: Any) -> Path:
     return Path(config.runs) / config.name / stage
 
 
-def reasons_to_skip(configs: Configs) -> dict[str, str]:
-    """Return stages that need not run and why.
+def reasons_to_skip(configs: Configs) -> tuple[dict[str, str], set[str]]:
+    """Return stages that need not run and why, and finished ones that must run again: those behind a stage
+    whose result is being, or has been, replaced.
 
     Raises ValueError for a finished stage where neither resume nor overwrite is set, for one whose settings
     have changed, and for one that stands on a stage that is not finished.
     """
+    again: set[str] = set()
     skipped = {}
     if configs["collect"].data.ranked.train is not None:
         skipped["collect"] = f"data={configs['collect'].data.name} has ranked lists of its own"
@@ -73,19 +82,25 @@ def reasons_to_skip(configs: Configs) -> dict[str, str]:
         folder = stage_folder(stage, config)
         if config.overwrite or not (folder / "stage.json").exists():
             missing.append(stage)
+            again |= {stage} if again else set()
             continue
         if not config.resume:
             raise ValueError(
                 f"{folder} is finished: resume=true keeps it, overwrite=true replaces it, "
                 "name=... starts another run"
             )
+        replaced = any(folder.with_name(f"{name}.before").exists() for name in missing)
+        record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+        if again or replaced or replaced_parent(record):
+            again.add(stage)
+            continue
         if missing:
             raise ValueError(
                 f"{folder} is finished, but {missing[0]} before it is not: overwrite=true runs both again"
             )
         _check_unchanged(config, folder)
         skipped[stage] = f"finished in {folder}"
-    return skipped
+    return skipped, again
 
 
 def run_child(command: list[str], **environment: str) -> int:

@@ -15,12 +15,10 @@ from rlhf.config import load_config, resolved_yaml
 from rlhf.parents import Parent, find_parent, inputs_of
 from rlhf.records import Record, find_overlap, make_sources, read_records
 from rlhf.sources import is_path_like, resolve_model
+from stages import COMMAND_VARIABLE
 
 if TYPE_CHECKING:
     from rlhf.text import TextCodec
-
-
-COMMAND_VARIABLE = "RLHF_COMMAND"  # the command of stage=all, in the environment of its stages
 
 
 class Stage:

@@ -90,9 +90,12 @@ def main(overrides: list[str]) -> None:
 
 
 def commands(stage: Stage, parents: list[Parent]) -> list[str]:
-    """The commands that made what is compared, and this one, in order and each once."""
+    """The commands that made what is compared, and this one, in order and each once; a later one may replace
+    a result of the first.
+    """
     found = [record["command"] for record in lineage(parents) if "command" in record]
-    return list(dict.fromkeys([*found, stage.facts["command"]]))
+    first, *others = dict.fromkeys([*found, stage.facts["command"]])
+    return [first, *(f"{command} overwrite=true" for command in others)]
 
 
 def warn_of_seen_prompts(stage: Stage, prompts: Any) -> None:
@@ -116,7 +119,7 @@ def optional_scorer(key: str, spec: dict[str, Any] | None, config: Any, engine: 
     if spec["kind"] == "model" and spec["path"].startswith(config.runs) and not Path(spec["path"]).exists():
         print(f"no {key} score: {spec['path']} does not exist", flush=True)
         return None
-    return build_scorer(spec, config, engine)
+    return build_scorer(key, spec, config, engine)
 
 
 def sample_all(

@@ -37,8 +37,8 @@ def main(overrides: list[str]) -> None:
         if config.critic is not None and config.algo == "ppo" and config.critic_trunk == "own":
             print(f"critic: from the policy, as {config.critic} has another tokenizer", flush=True)
     reward = build_reward(config, engine, roles)
-    stage.begin()
     run = PPORun(config, codec, roles, reward, prompts, folder, demonstrations)
+    stage.begin()
     checks = run.train(stage.state)
 
     stage.report_cut_prompts(codec)
@@ -57,7 +57,7 @@ def main(overrides: list[str]) -> None:
     write_model(folder, model, codec.tokenizer, model_card("PPO policy", config, parents, facts))
     folder.finish("policy", parents=parents, checks=checks, results=results, **stage.cost(), **stage.facts)
     folder.drop_states()
-    print_checks(checks)
+    print_checks(checks[len(run.start_checks) :])
     print(
         f"score {run.first['score']:.2f} -> {run.last['score']:.2f} at KL {run.last['kl']:.2f}; "
         f"model in {folder.model} ({stage.cost_in_words()})"

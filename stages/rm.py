@@ -117,6 +117,8 @@ def report_lists(stage: Stage, *parts: Any) -> None:
             f"{lists.num_cut_prompts} prompts cut, {lists.num_long_responses} responses longer than "
             f"max_length={stage.config.max_length} and left out"
         )
+        if not records:
+            raise ValueError(f"{name}: no ranked list is left; change eval_fraction, or give more lists")
         if not lists.rows:
             raise ValueError(f"{words}; raise max_length, or give lists with ranks that differ")
         print(words, flush=True)

@@ -41,6 +41,8 @@ def main(overrides: list[str]) -> None:
         "responses": rows.num_cut_responses,
         "of": len(train),
     }
+    if rows.num_cut_responses == len(train):
+        raise ValueError(f"max_length={config.max_length} cuts the response of every demonstration: raise it")
     print(
         f"{len(train)} demonstrations; cut to max_length: {rows.num_cut_prompts} prompts, "
         f"{rows.num_cut_responses} responses"

@@ -1,5 +1,6 @@
 """What show=true prints: the resolved configuration, where each input comes from, and the estimate."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def describe(path: str, config: Any) -> str:
 
 def _folder_state(folder: Path) -> str:
     if (folder / "stage.json").is_file():
-        return "finished"
+        record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+        failed = [check["name"] for check in record.get("checks", []) if not check["passed"]]
+        return f"finished, failed: {', '.join(failed)}" if failed else "finished"
     if not folder.exists():
         return "not there yet"
     return "started, not finished"

@@ -28,19 +28,25 @@ def folder_of(tmp_path: Path, stage: str = "ppo") -> StageFolder:
 
 def test_a_new_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     final = tmp_path / "model"
-    with new_folder(final) as folder:
+
+    def write(folder: Path) -> None:
         (folder / "weights").write_text("new")
         assert not final.exists()
+
+    new_folder(final, write)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
     final = tmp_path / "model"
-    with new_folder(final) as folder:
-        (folder / "weights").write_text("old")
-    with pytest.raises(RuntimeError), new_folder(final) as folder:
+    new_folder(final, lambda folder: (folder / "weights").write_text("old"))
+
+    def fail(folder: Path) -> None:
         (folder / "weights").write_text("half")
         raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        new_folder(final, fail)
     assert (final / "weights").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -48,11 +54,12 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_clear_error_and_the_old_folder_stays(tmp_path: Path, kind: Any) -> None:
     final = tmp_path / "state"
     final.mkdir()
-    with (
-        pytest.raises(ValueError, match=r"cannot write .*state: .*No space left.*set runs="),
-        new_folder(final),
-    ):
+
+    def fail(folder: Path) -> None:
         raise kind("No space left on device")
+
+    with pytest.raises(ValueError, match=r"cannot write .*state: .*No space left.*set runs="):
+        new_folder(final, fail)
     assert final.exists() and len(list(tmp_path.iterdir())) == 1
 
 
@@ -66,11 +73,10 @@ def test_write_text_replaces_whole(tmp_path: Path) -> None:
 def test_states_are_kept_to_the_number_asked_for(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     for step in (2, 4, 10):
-        with folder.new_state(step, keep_last=2) as state:
-            (state / "weights").write_text(str(step))
+        folder.new_state(step, lambda state: (state / "weights").write_text(state.name), keep_last=2)
     assert {path.name for path in (folder.path / "state").iterdir()} == {"step_4", "step_10"}
     latest = folder.latest_state()
-    assert latest is not None and (latest / "weights").read_text() == "10"
+    assert latest is not None and (latest / "weights").read_text().startswith(".step_10.")
 
 
 def test_the_latest_state_is_the_newest_whole_one(tmp_path: Path) -> None:
@@ -120,11 +126,10 @@ def test_a_missing_model_is_named_before_anything_is_imported(tmp_path: Path) ->
         check_there(load_config("rm", [f"runs={tmp_path}", "name=x"]), tmp_path / "x" / "rm")
     check_there(load_config("sft", [f"runs={tmp_path}", "model=gpt2"]), tmp_path / "gpt2" / "sft")
     policy = tmp_path / "elsewhere"
-    policy.mkdir()
     for missing, other in (("critic", "reward.path"), ("reward.path", "critic")):
-        words = [f"runs={tmp_path}", "name=x", f"policy={policy}", f"{other}={policy}"]
+        words = [f"runs={tmp_path / 'runs'}", "name=x", f"policy={policy}", f"{other}={policy}"]
         with pytest.raises(FileNotFoundError, match=rf"{missing}=.*run stage=rm first"):
-            check_there(load_config("ppo", words), tmp_path / "x" / "ppo")
+            check_there(load_config("ppo", words), tmp_path / "runs" / "x" / "ppo")
 
 
 def test_a_folder_that_cannot_be_written_is_named_at_once(tmp_path: Path) -> None:
@@ -160,8 +165,7 @@ def test_a_finished_folder_is_kept(tmp_path: Path) -> None:
 def test_an_interrupted_folder_says_how_to_go_on(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     folder.prepare("seed: 1\n", overwrite=False, resume=False)
-    with folder.new_state(3, keep_last=1):
-        pass
+    folder.new_state(3, lambda state: None, keep_last=1)
     with pytest.raises(ValueError, match=r"interrupted at state/step_3 .*resume=true .*overwrite=true"):
         folder.prepare("seed: 1\n", overwrite=False, resume=False)
     assert folder.prepare("seed: 1\n", overwrite=False, resume=True) == folder.path / "state" / "step_3"
@@ -171,8 +175,7 @@ def test_a_resumed_folder_has_its_own_settings(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     before = "seed: 1\nkl: {coef: 0.1, target: 6}\nresume: false\nkeep_last: 1\n"
     folder.prepare(before, overwrite=False, resume=False)
-    with folder.new_state(3, keep_last=1):
-        pass
+    folder.new_state(3, lambda state: None, keep_last=1)
     same = "seed: 1\nkl: {coef: 0.1, target: 6}\nresume: true\nkeep_last: 5\n"
     assert folder.prepare(same, overwrite=False, resume=True) is not None
     other = "seed: 2\nkl: {coef: 0.2, target: 6}\nresume: true\nkeep_last: 5\n"
@@ -233,6 +236,28 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     folder = finished_policy(tmp_path)
     (folder.path / "stage.json").write_text('{"stage"')
     with pytest.raises(ValueError, match=r"policy: .*stage\.json is damaged .* run its stage again"):
+        find_parent("policy", str(folder.model), kind="policy", force=False)
+
+
+def test_a_parent_that_stands_on_what_was_replaced_is_refused(tmp_path: Path) -> None:
+    base = finished_policy(tmp_path)
+    folder = folder_of(tmp_path, "rm")
+    folder.prepare("seed: 1\n", overwrite=False, resume=False)
+    (folder.path / "ranked.jsonl").write_text("{}\n")
+    parents = [find_parent("base", str(base.model), kind="policy", force=False)]
+    folder.finish("records", parents=parents, checks=[GOOD])
+    records = str(folder.path / "ranked.jsonl")
+    assert find_parent("ranked.train", records, kind="records", force=False).sha256
+    (base.model / "model.safetensors").write_bytes((3).to_bytes(8, "little") + b"{ }")
+    with pytest.raises(ValueError, match=r"from .*sft/model, which has been replaced since; run stage"):
+        find_parent("ranked.train", records, kind="records", force=False)
+    assert find_parent("ranked.train", records, kind="records", force=True).sha256
+
+
+def test_a_missing_result_that_is_being_replaced_names_the_one_before(tmp_path: Path) -> None:
+    folder = finished_policy(tmp_path)
+    folder.prepare("seed: 1\n", overwrite=True, resume=False)
+    with pytest.raises(FileNotFoundError, match=r"stage=sft resume=true first, .*=.*/sft\.before/model"):
         find_parent("policy", str(folder.model), kind="policy", force=False)
 
 

@@ -40,7 +40,10 @@ def project(tmp_path: Path) -> Path:
 FAKE_STAGE = """
 import json, os, sys, time
 from pathlib import Path
+from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config, resolved_yaml
+
+KINDS = {"collect": "records", "rm": "reward_model"}
 
 def main(overrides):
     config = load_config("STAGE", overrides)
@@ -54,7 +57,10 @@ def main(overrides):
     while config.seed == 99:
         time.sleep(0.05)
     (folder / "config.yaml").write_text(resolved_yaml(config))
-    (folder / "stage.json").write_text("{}")
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    kind = KINDS.get("STAGE", "policy")
+    StageFolder(config.runs, config.name, "STAGE").finish(kind, parents=[], checks=[])
 """
 
 
@@ -259,15 +265,33 @@ def test_a_finished_stage_on_an_unfinished_one_is_refused(tmp_path: Path) -> Non
         all_stages.reasons_to_skip(configs)
 
 
+def test_stages_behind_one_that_is_being_replaced_run_again(tmp_path: Path) -> None:
+    finish(tmp_path, "collect", "rm")
+    (tmp_path / "n" / "sft.before").mkdir()
+    configs = all_stages.load_configs([f"runs={tmp_path}", "name=n", "resume=true"])
+    assert all_stages.reasons_to_skip(configs) == ({}, {"collect", "rm", "ppo", "evaluate"})
+
+
+def test_a_stage_whose_parent_was_replaced_runs_again(tmp_path: Path) -> None:
+    finish(tmp_path, "sft", "collect", "rm")
+    (tmp_path / "weights").write_text("others by now")
+    parent = {"key": "base", "path": str(tmp_path / "weights"), "sha256": "of those before"}
+    (tmp_path / "n" / "rm" / "stage.json").write_text(json.dumps({"parents": [parent]}))
+    configs = all_stages.load_configs([f"runs={tmp_path}", "name=n", "resume=true"])
+    skipped, again = all_stages.reasons_to_skip(configs)
+    assert (set(skipped), again) == ({"sft", "collect"}, {"rm", "ppo", "evaluate"})
+
+
 def test_overwrite_runs_everything_again(tmp_path: Path) -> None:
     finish(tmp_path, *STAGES)
     configs = all_stages.load_configs([f"runs={tmp_path}", "name=n", "overwrite=true"])
-    assert all_stages.reasons_to_skip(configs) == {}
+    assert all_stages.reasons_to_skip(configs) == ({}, set())
 
 
 def test_collect_is_skipped_where_the_data_has_ranked_lists(tmp_path: Path) -> None:
     configs = all_stages.load_configs([f"runs={tmp_path}", "name=n", "data.ranked.train=mine.jsonl"])
-    assert all_stages.reasons_to_skip(configs) == {"collect": "data=film_reviews has ranked lists of its own"}
+    reason = "data=film_reviews has ranked lists of its own"
+    assert all_stages.reasons_to_skip(configs) == ({"collect": reason}, set())
 
 
 @pytest.mark.parametrize("stage", ["sft", "all"])

@@ -34,6 +34,7 @@ LAYERS = {
     "checkpoint": 2,
     "files": 1,
     "parents": 2,
+    "processes": 1,
     "metrics": 2,
     "training": 2,
     "training_state": 2,

@@ -93,6 +93,7 @@ def test_json_lists_name_the_line_of_a_row(tmp_path):
         ('[{"prompt": "p", "response": "r"},\n 3]', ":2: a row is an object with keys, not 3"),
         ('[{"prompt": "p", "response": "r"}\n', ":2: not valid JSON (the list has no end)"),
         ("[" * 100_000, ":1: not valid JSON (nested too deep)"),
+        ('{"data": [{"prompt": "p"}]}', ":1: its rows lie below a key (data); leave the list alone"),
     ],
 )
 def test_broken_json_lists(tmp_path, text, message):
@@ -129,6 +130,7 @@ def test_csv_with_quotes_lists_and_crlf(tmp_path):
         ('prompt,response\np,"r\n', ":2: not valid CSV (unexpected end of data)"),
         ("prompt,response\np,\n", ":2: response: empty"),
         ("prompt,ranks,responses\np,,\n", ":2: response: missing"),
+        ("prompt;response\np;r\n", ":1: the header 'prompt;response' has no commas"),
     ],
 )
 def test_broken_csv(tmp_path, text, message):
@@ -150,6 +152,10 @@ def test_parquet(tmp_path):
     assert result.records == [Demonstration(turns, "r")]
     parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), path)
     assert refused(path) == f"{path}: the file is empty; give a file with at least one row"
+    parquet.write_table(pyarrow.table({"prompt": ["p"], "response": ["r"]}), path)
+    packed = tmp_path / "y.parquet.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read(packed) == P_R
     path.write_bytes(b"PAR1 not really")
     assert refused(path).startswith(f"{path}: not a readable parquet file")
 
@@ -164,6 +170,12 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 def test_a_name_with_a_file_ending_is_never_taken_for_a_hub_name():
     assert refused("nowhere.jsonl").startswith("nowhere.jsonl: no such file")
     assert refused("owner/name.csv").startswith("owner/name.csv: no such file")
+
+
+def test_a_file_in_utf_16_is_named_as_such(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "p", "response": "r"}\n', encoding="utf-16")
+    assert refused(path).startswith(f"{path}:1: the file is in UTF-16; save it as UTF-8")
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet"])

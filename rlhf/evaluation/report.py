@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.evaluation.compare import Scored
 from rlhf.files import write_text
+from rlhf.processes import by_main
 
 SIMULATED = (
     "The preferences behind this run are simulated: a classifier trained on labelled texts ranked the "
@@ -56,6 +57,7 @@ def print_table(report: dict[str, Any]) -> None:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
 
+@by_main
 def write_report(
     folder: Path, report: dict[str, Any], scored: Sequence[Scored], *, curves: Path | None, num_samples: int
 ) -> None:
@@ -132,7 +134,7 @@ def _markdown(
         f"`{report['reference']}`, a bound for best-of-n. Wins are against `{report['baseline']}`.\n\n"
         f"{table}\n{images}\n\n"
         f"## Samples\n\n{_samples(scored, num_samples)}"
-        "\n## How to reproduce\n\nBeside these results with `overwrite=true` or a new `name=`:\n\n"
+        "\n## How to reproduce\n\nIn an empty `runs=` folder:\n\n"
         + "".join(f"    {command}\n" for command in report["commands"])
         + "\n"
         + "".join(f"- {name} {version}\n" for name, version in report["versions"].items())

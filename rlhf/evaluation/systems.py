@@ -116,7 +116,7 @@ def reference_logprobs(
         return response_logprobs(reference.model, piece, temperature=temperature).sum(1).cpu()
 
     with engine.autocast():
-        totals = engine.side_by_side(total, pieces)
+        totals = engine.shared_out(total, pieces)
     return torch.cat(totals)[torch.cat(pieces).argsort()].tolist()
 
 

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.models.loading import LoadOptions, load_causal_lm, new_reward_model
 from rlhf.models.lora import make_lean
+from rlhf.rows import first_line
 
 # The adapter of a model's own task: the name that peft gives an adapter without one.
 POLICY = "default"
@@ -47,7 +48,13 @@ def add_lora(model: Any, adapter: Any, *, task: str | None) -> Any:
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
-    model = get_peft_model(model, settings)
+    try:
+        model = get_peft_model(model, settings)
+    except ValueError as error:
+        raise ValueError(
+            f"adapter.target_modules={targets}: {first_line(error)}; adapter.target_modules=all-linear fits "
+            "every model"
+        ) from error
     make_lean(model)
     return model
 

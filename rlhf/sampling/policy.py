@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.batches import Rollout
+from torch import Tensor
+
+from rlhf.batches import Rollout, join, left_pad
 from rlhf.engine import Engine
 from rlhf.models.packed import packed
 from rlhf.models.roles import adapters_merged
@@ -34,6 +36,25 @@ class Policy:
     def respond(self, prompts: Sequence[Prompt], decoding: Decoding, *, seed: int) -> Rollout:
         """Sample one response per prompt, adapters merged meanwhile; seed and place decide a row's tokens."""
         tokens = [self.codec.encode_prompt(prompt) for prompt in prompts]
+        uniforms = draw_uniforms(len(tokens), decoding.max_new_tokens, seed)
+        processes = self.engine.processes
+        if processes.count == 1:
+            return self._sample(tokens, decoding, uniforms)
+        # neighbours stay together: they may share their prompt
+        ends = [rank * len(tokens) // processes.count for rank in range(processes.count + 1)]
+        mine = slice(*ends[processes.rank : processes.rank + 2])
+        found: tuple[list[list[int]], list[list[float]]] = ([], [])
+        if mine.start < mine.stop:
+            rollout = self._sample(tokens[mine], decoding, uniforms[mine])
+            assert rollout.behaviour_logprobs is not None
+            found = (rollout.responses(), rollout.behaviour_logprobs.tolist())
+        parts = processes.all_of(found)
+        responses = [row for rows, _ in parts for row in rows]
+        logprobs = [row for _, rows in parts for row in rows]
+        pad = self.codec.pad_token_id
+        return join(left_pad(tokens, pad, self.engine.device), responses, pad, logprobs)
+
+    def _sample(self, tokens: list[list[int]], decoding: Decoding, uniforms: Tensor) -> Rollout:
         with ready_to_sample(self.model, self.engine):
             return sample(
                 self.model,
@@ -41,7 +62,7 @@ class Policy:
                 decoding,
                 eos_token_id=self.codec.eos_token_id,
                 pad_token_id=self.codec.pad_token_id,
-                uniforms=draw_uniforms(len(tokens), decoding.max_new_tokens, seed),
+                uniforms=uniforms,
             )
 
     def texts(self, rollout: Rollout) -> list[str]:

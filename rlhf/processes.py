@@ -1,0 +1,196 @@
+"""Several processes that do the work of one.
+
+All of them run the same program on the same data, and hold the same numbers; only what takes long is shared
+out, and its results are gathered again. So nothing depends on how many there are but the time. The first one
+alone writes files and speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import datetime
+import functools
+import os
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+# What the launcher tells each process: ADDRESS is host:port of the first, LOCAL_RANK counts on one machine.
+RANK, LOCAL_RANK, COUNT, ADDRESS = "RLHF_RANK", "RLHF_LOCAL_RANK", "RLHF_COUNT", "RLHF_ADDRESS"
+
+# A process that waits longer than this for the others takes them for dead.
+PATIENCE = datetime.timedelta(hours=6)
+
+# Numbers that are summed over all processes at a time.
+BUCKET = 1 << 24
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which one of how many this process is; `rank` counts from 0."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of the items: every `count`-th."""
+        return items[self.rank :: self.count]
+
+    def gathered(self, mine: Sequence[T], total: int) -> list[T]:
+        """What all processes made of their shares, in the order of the `total` items."""
+        if self.count == 1:
+            return list(mine)
+        parts = self.all_of(list(mine))
+        return [parts[i % self.count][i // self.count] for i in range(total)]
+
+    def all_of(self, mine: T) -> list[T]:
+        """One value of every process, by rank."""
+        if self.count == 1:
+            return [mine]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.count
+        with _together():
+            dist.all_gather_object(found, mine, group=_group())
+        return found
+
+    def sum_gradients(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The sum of all processes' gradients of the parameters; None where no process has one."""
+        found = list(gradients)
+        if self.count == 1:
+            return found
+        import torch
+        import torch.distributed as dist
+
+        there = [any(flags) for flags in zip(*self.all_of([g is not None for g in found]), strict=True)]
+        for index, parameter in enumerate(parameters):
+            if there[index] and found[index] is None:
+                found[index] = torch.zeros_like(parameter)
+        for bucket in _buckets([gradient for gradient in found if gradient is not None]):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            with _together():
+                dist.all_reduce(flat)
+            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        return found
+
+    def wait(self) -> None:
+        """Go on once all processes have come here."""
+        self.all_of(None)
+
+    def check_same(self, value: Any, what: str) -> None:
+        """Raise ValueError where the processes hold different values."""
+        values = self.all_of(value)
+        differing = [rank for rank, each in enumerate(values) if each != values[0]]
+        if differing:
+            raise ValueError(
+                f"process {differing[0]} has another {what} than process 0: give every machine the same "
+                "command, code and files"
+            )
+
+
+ALONE = Processes()
+
+
+class OthersEndedError(Exception):
+    """Another process has ended, and this one cannot go on alone."""
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what torch raises where a connection is closed
+        raise OthersEndedError(str(error)) from error
+
+
+@functools.cache
+def processes() -> Processes:
+    """This process among those that the launcher started; alone where it started none.
+
+    The first call joins them, and waits until all are there.
+    """
+    count = int(os.environ.get(COUNT, "1"))
+    if count == 1:
+        return ALONE
+    import torch
+    import torch.distributed as dist
+
+    rank, address = int(os.environ[RANK]), os.environ[ADDRESS]
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ[LOCAL_RANK]))
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        init_method=f"tcp://{address}",
+        rank=rank,
+        world_size=count,
+        timeout=PATIENCE,
+    )
+    return Processes(rank, count)
+
+
+def by_main(function: Callable[P, T]) -> Callable[P, T]:
+    """Have the first process alone do what a function does while the others wait, and give all its result.
+
+    What it raises is raised in all of them. One such function may call another.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*arguments: P.args, **more: P.kwargs) -> T:
+        everyone = processes()
+        if everyone.count == 1 or _alone.get():
+            return function(*arguments, **more)
+        result, error = None, None
+        if everyone.is_main:
+            token = _alone.set(True)
+            try:
+                result = function(*arguments, **more)
+            except (ValueError, OSError) as raised:
+                error = raised
+            finally:
+                _alone.reset(token)
+        (said, given), *_ = everyone.all_of((error and str(error), result))
+        if said is not None:
+            raise ValueError(said) from error
+        return typing.cast(T, given)
+
+    return wrapped
+
+
+_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
+
+
+@functools.cache
+def _group() -> Any:
+    """Where objects travel: over the network's own transport, whatever the tensors take."""
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors in groups of about BUCKET numbers, each of one type."""
+    groups: list[list[Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not groups or size + tensor.numel() > BUCKET or groups[-1][0].dtype != tensor.dtype:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.numel()
+    return groups
