@@ -197,18 +197,20 @@ def changed_settings(path: Path, resolved_config: str) -> dict[str, str]:
 
     What lies in the run's own folder is the same wherever that folder has been moved to.
     """
-    before, now = (_settings(text) for text in (path.read_text(encoding="utf-8"), resolved_config))
+    before, now = (settings_that_count(text) for text in (path.read_text(encoding="utf-8"), resolved_config))
     return {
         key: f"{key} ({before.get(key)} -> {now.get(key)})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in FREE_ON_RESUME
+        if before.get(key) != now.get(key)
     }
 
 
-def _settings(text: str) -> dict[str, Any]:
+def settings_that_count(text: str) -> dict[str, Any]:
+    """The settings of a resolved configuration that change a result, by full key."""
     tree = yaml.safe_load(text) or {}
     run = Path(tree.get("runs", "")) / tree.get("name", "")
-    return _flat(yaml.safe_load(text.replace(f"{run}/", "<this run>/")) or {})
+    flat = _flat(yaml.safe_load(text.replace(f"{run}/", "<this run>/")) or {})
+    return {key: value for key, value in flat.items() if key not in FREE_ON_RESUME}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

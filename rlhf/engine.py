@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from rlhf import workers
-from rlhf.processes import ALONE, LOCAL_RANK, Processes, processes
+from rlhf.processes import ALONE, Processes, processes
 
 # Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length and to
 # hold a pass's activations. On a processor small models need more of them, and so do full weights, whose
@@ -120,9 +120,8 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
         raise ValueError(
             f"engine.device={name}, but this machine shows no CUDA device; use engine.device=cpu"
         )
-    if name == "cuda" and processes().count > 1:
-        name = f"cuda:{os.environ[LOCAL_RANK]}"
     device = torch.device(name)
+    processes().check_same(device.type, "kind of device (a machine with fewer GPUs than processes?)")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an installed DeepSpeed need not look, and say so
     if settings.dtype == "auto":

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 P = ParamSpec("P")
 
-# What the launcher tells each process: ADDRESS is host:port of the first, LOCAL_RANK counts on one machine.
-RANK, LOCAL_RANK, COUNT, ADDRESS = "RLHF_RANK", "RLHF_LOCAL_RANK", "RLHF_COUNT", "RLHF_ADDRESS"
+# What the launcher tells each process; ADDRESS is host:port of the first one.
+RANK, COUNT, ADDRESS = "RLHF_RANK", "RLHF_COUNT", "RLHF_ADDRESS"
 
 # A process that waits longer than this for the others takes them for dead.
 PATIENCE = datetime.timedelta(hours=6)
@@ -99,8 +99,8 @@ class Processes:
         differing = [rank for rank, each in enumerate(values) if each != values[0]]
         if differing:
             raise ValueError(
-                f"process {differing[0]} has another {what} than process 0: give every machine the same "
-                "command, code and files"
+                f"process {differing[0]} does not have the {what} of process 0: give every machine the same "
+                "command, code, libraries and files"
             )
 
 
@@ -132,10 +132,8 @@ def processes() -> Processes:
     import torch.distributed as dist
 
     rank, address = int(os.environ[RANK]), os.environ[ADDRESS]
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ[LOCAL_RANK]))
     dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         init_method=f"tcp://{address}",
         rank=rank,
         world_size=count,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from rlhf.checkpoint import StageFolder
 from rlhf.engine import Engine
@@ -27,7 +27,7 @@ from rlhf.records import RankedList
 from rlhf.sampling.policy import Policy
 from rlhf.sampling.sampler import Decoding
 from rlhf.text import TextCodec
-from rlhf.training import attach_log, trainer_arguments
+from rlhf.training import SharedSteps, attach_log, trainer_arguments
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def right_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor,
     return tokens, torch.arange(width) < lengths.unsqueeze(1)
 
 
-class RankingTrainer(Trainer):
+class RankingTrainer(SharedSteps):
     """transformers' Trainer with the loss over ranked lists, averaged over the prompts of the whole
     optimizer step.
     """
@@ -144,16 +144,22 @@ class RankingTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Sum of the prompts' losses over the number of prompts in the step."""
+        assert not return_outputs, "only the loss is asked for"
+        processes = self.engine.processes
+        num_items = num_items_in_batch or len(inputs["prompt_index"].unique())
+        mine = inputs["prompt_index"] % processes.count == processes.rank
+        if not mine.any():
+            return self.of_all(torch.zeros((), device=mine.device, requires_grad=True))
+        inputs = {name: tensor[mine] for name, tensor in inputs.items()}
         scores = self.scores(model, inputs["tokens"], inputs["attention_mask"])
-        loss, num_prompts = ranking_loss(
+        loss, _ = ranking_loss(
             scores,
             inputs["prompt_index"],
             inputs["ranks"],
             margin=inputs["grades"] if self.margin else None,
             **self.loss_options,
         )
-        loss = loss / (num_items_in_batch or num_prompts)
-        return (loss, {"scores": scores}) if return_outputs else loss
+        return self.of_all(loss / num_items)
 
     def scores(self, model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (N,) of a batch, rows of like length computed together."""

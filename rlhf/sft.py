@@ -25,7 +25,7 @@ from rlhf.records import Demonstration
 from rlhf.sampling.policy import Policy
 from rlhf.sampling.sampler import Decoding
 from rlhf.text import Encoded, TextCodec
-from rlhf.training import attach_log, trainer_arguments
+from rlhf.training import SharedSteps, attach_log, trainer_arguments
 
 # Below this share of finished samples a model has not learned to stop.
 LOWEST_EOS_SHARE = 0.05
@@ -72,7 +72,7 @@ def fit(encoded: Encoded, max_length: int, *, num_kept: int = 0) -> tuple[Encode
     return Encoded(tokens[:max_length], mask[:max_length]), start > 0, len(tokens) > max_length
 
 
-class ResponseTrainer(SFTTrainer):
+class ResponseTrainer(SharedSteps, SFTTrainer):
     """trl's trainer with the vocabulary's scores at response positions only, rows of like length computed
     together; packed rows go trl's own way.
     """
@@ -89,17 +89,19 @@ class ResponseTrainer(SFTTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Mean negative log-likelihood of the labelled tokens, over those of the whole optimizer step."""
-        if "position_ids" in inputs:  # a packed batch
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        processes = self.engine.processes
+        if "position_ids" in inputs:  # a packed batch, which every process computes whole
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return loss if processes.count == 1 else self.of_all(loss / processes.count)
         assert not return_outputs, "only the loss is asked for"
         labels, tokens, mask = inputs["labels"][:, 1:], inputs["input_ids"], inputs["attention_mask"].bool()
-        total = torch.zeros((), device=tokens.device)
-        for index in self.engine.micro_batches(mask.sum(1).tolist()):
+        total = torch.zeros((), device=tokens.device, requires_grad=torch.is_grad_enabled())
+        for index in processes.share(self.engine.micro_batches(mask.sum(1).tolist())):
             rows, columns = (labels[index] != IGNORED_LABEL).nonzero(as_tuple=True)
             with self.engine.autocast():
                 logits = logits_of(model, states_at(model, tokens[index], mask[index], rows, columns))
             total = total - token_logprobs(logits, labels[index][rows, columns]).sum()
-        return total / (num_items_in_batch or (labels != IGNORED_LABEL).sum())
+        return self.of_all(total / (num_items_in_batch or (labels != IGNORED_LABEL).sum()))
 
 
 class SFT:

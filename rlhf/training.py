@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from rlhf.checkpoint import StageFolder
 from rlhf.engine import Engine
 from rlhf.files import save_model_folder
 from rlhf.metrics import MetricLog, progress
-from rlhf.models.adapters import POLICY, merged_copy, uses_lora
+from rlhf.models.adapters import POLICY, merged_copy, trainable_parameters, uses_lora
 from rlhf.parents import Parent, origin
 from rlhf.processes import by_main
 from rlhf.sources import is_path_like
@@ -51,7 +53,7 @@ def trainer_arguments(config: Any, folder: StageFolder, engine: Engine, num_rows
         "gradient_checkpointing": config.gradient_checkpointing,
         "logging_steps": config.log_steps,
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps",
+        "save_strategy": "steps" if engine.processes.is_main else "no",
         "save_steps": config.save_steps,
         "save_total_limit": config.keep_last,
         "seed": config.seed,
@@ -62,6 +64,31 @@ def trainer_arguments(config: Any, folder: StageFolder, engine: Engine, num_rows
         "remove_unused_columns": False,
         "dataloader_pin_memory": engine.device.type == "cuda",
     }
+
+
+class SharedSteps(Trainer):
+    """A Trainer whose `compute_loss` computes one process's share of each batch; the shares' gradients are
+    summed before every optimizer step. To transformers each process is alone and holds the whole batch.
+    """
+
+    engine: Engine
+
+    def training_step(self, *arguments: Any, **more: Any) -> Tensor:
+        """The gradient of a micro-batch; behind the last one of a step those of all processes are summed."""
+        loss = super().training_step(*arguments, **more)
+        if self.engine.processes.count > 1 and self.accelerator.sync_gradients:
+            trained = trainable_parameters(self.model)
+            sums = self.engine.processes.sum_gradients(trained, [parameter.grad for parameter in trained])
+            for parameter, gradient in zip(trained, sums, strict=True):
+                parameter.grad = gradient
+        return loss
+
+    def of_all(self, loss: Tensor) -> Tensor:
+        """The value of all shares' losses together, with the gradient of this share's."""
+        if self.engine.processes.count == 1:
+            return loss
+        parts = torch.stack(self.engine.processes.all_of(loss.detach().cpu()))
+        return loss + (parts.sum().to(loss.device) - loss.detach())
 
 
 class LogCallback(TrainerCallback):

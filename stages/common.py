@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import shlex
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.checkpoint import StageFolder
+from rlhf.checkpoint import StageFolder, library_versions, settings_that_count
 from rlhf.config import load_config, resolved_yaml
 from rlhf.parents import Parent, find_parent, inputs_of
+from rlhf.processes import processes
 from rlhf.records import Record, find_overlap, make_sources, read_records
 from rlhf.sources import is_path_like, resolve_model
 from stages import COMMAND_VARIABLE
@@ -32,6 +34,7 @@ class Stage:
         self.state: Path | None = None
         self._resolved = resolved_yaml(config)
         command = shlex.join(["./launch.sh", f"stage={stage}", *without_run_mode(overrides)])
+        processes().check_same((settings_that_count(self._resolved), library_versions()), "configuration")
         self.facts: dict[str, Any] = {"command": os.environ.get(COMMAND_VARIABLE, command)}
         if config.data.build:
             importlib.import_module(f"data.{config.data.build}").build(Path(config.data.folder))
@@ -44,6 +47,7 @@ class Stage:
         for key, path, kind in inputs_of(self.config):
             place = resolved(path, self.config.model) if kind == "policy" else path
             parents.append(find_parent(key, place, kind=kind, force=self.config.force))
+            processes().check_same(parents[-1].sha256, f"{key}={place}")
         return parents
 
     def begin(self) -> None:
@@ -68,6 +72,8 @@ class Stage:
         if not result.records:
             raise ValueError(f"{key}={source}: no records")
         records = result.records[:limit] if limit else result.records
+        if processes().count > 1:
+            processes().check_same(hashlib.sha256(repr(records).encode()).hexdigest(), f"{key}={source}")
         self.facts.setdefault("data", {})[key] = {
             "source": source,
             "records": len(records),

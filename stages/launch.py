@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from rlhf.config import PROJECT_DIR
-from rlhf.processes import ADDRESS, COUNT, LOCAL_RANK, RANK
+from rlhf.processes import ADDRESS, COUNT, RANK
 
 ENTRY_POINT = PROJECT_DIR / "stages" / "__main__.py"
 DEFAULT_PORT = 29500
@@ -55,10 +55,10 @@ def launch(stage: str, words: list[str], config: Any) -> int:
     children = [
         subprocess.Popen(
             command,
-            env={**os.environ, **common, RANK: str(first + local), LOCAL_RANK: str(local)},
+            env={**os.environ, **common, RANK: str(first + local), "CUDA_VISIBLE_DEVICES": gpu},
             start_new_session=True,
         )
-        for local in range(here)
+        for local, gpu in enumerate(_gpus(here))
     ]
 
     def forward(number: int, _: Any) -> None:
@@ -104,6 +104,13 @@ def _end(children: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+def _gpus(count: int) -> list[str]:
+    """The GPU that each process of this machine sees as its only one."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = named.split(",") if named is not None else [str(number) for number in range(count)]
+    return [visible[local] if local < len(visible) else "" for local in range(count)]
 
 
 def _address(config: Any) -> str:

@@ -1,0 +1,237 @@
+"""Several processes: the numbers of one, one voice, one end."""
+
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.checkpoint import StageFolder
+from rlhf.config import PROJECT_DIR, load_config
+from rlhf.processes import ALONE, Processes, by_main
+from stages.launch import num_processes
+from tests.stage_runs import SMALL, read_lines, run_stage, same_results
+
+BEFORE = {
+    "sft": (),
+    "collect": ("sft",),
+    "rm": ("sft", "collect"),
+    "ppo": ("sft", "collect", "rm"),
+    "evaluate": ("sft", "collect", "rm", "ppo"),
+}
+
+
+def copy_of(tiny_run: Path, folder: Path, stage: str) -> Path:
+    """A copy of the finished run up to `stage`."""
+    run = folder / "runs" / tiny_run.name
+    run.mkdir(parents=True)
+    for before in BEFORE[stage]:
+        shutil.copytree(tiny_run / before, run / before)
+    return run
+
+
+def words_of(run: Path, stage: str, count: int = 2) -> list[str]:
+    several = ["engine=ddp", f"num_processes={count}"]
+    return [f"runs={run.parent}", f"name={run.name}", *SMALL[stage], "force=true", *several]
+
+
+def command(stage: str, *words: str) -> list[str]:
+    return [sys.executable, str(PROJECT_DIR / "stages" / "__main__.py"), f"stage={stage}", *words]
+
+
+def close(ours: Any, theirs: Any) -> bool:
+    """Whether two lines of metrics hold the same numbers, but for rounding."""
+    return ours.keys() == theirs.keys() and all(
+        math.isclose(ours[key], theirs[key], rel_tol=1e-4, abs_tol=1e-5) for key in ours
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "count"), [("sft", 2), ("rm", 2), ("ppo", 2), ("ppo", 3)])
+def test_training_has_the_numbers_of_one_process(
+    tiny_run: Path, tmp_path: Path, stage: str, count: int
+) -> None:
+    run = copy_of(tiny_run, tmp_path, stage)
+    result = run_stage(stage, *words_of(run, stage, count))
+    assert result.status == 0, result.output
+    ours, theirs = (read_lines(folder / stage / "metrics.jsonl") for folder in (run, tiny_run))
+    assert len(ours) == len(theirs) >= 5
+    for mine, other in zip(ours[:5], theirs[:5], strict=True):
+        assert close(mine, other), (mine, other)
+    assert result.output.count("held-out loss") + result.output.count("; model in") < 4, "several speak"
+
+
+@pytest.mark.slow
+def test_samples_and_their_evaluation_are_those_of_one_process(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_of(tiny_run, tmp_path, "evaluate")
+    shutil.rmtree(run / "collect")
+    for stage in ("collect", "evaluate"):
+        result = run_stage(stage, *words_of(run, stage))
+        assert result.status == 0, result.output
+    assert (run / "collect" / "ranked.jsonl").read_bytes() == (
+        tiny_run / "collect" / "ranked.jsonl"
+    ).read_bytes()
+    ours, theirs = (
+        (folder / "evaluate" / "report.md").read_text().split("## How")[0] for folder in (run, tiny_run)
+    )
+    assert ours.replace(str(run), "") == theirs.replace(str(tiny_run), "")
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 90.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return condition()
+
+
+def children_of(process: subprocess.Popen[str]) -> list[int]:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+@pytest.mark.slow
+def test_one_killed_process_ends_all_and_the_run_resumes_exactly(tiny_run: Path, tmp_path: Path) -> None:
+    whole = copy_of(tiny_run, tmp_path / "whole", "ppo")
+    more = ["save_every=1", "updates=8"]
+    assert run_stage("ppo", *words_of(whole, "ppo"), *more).status == 0
+
+    run = copy_of(tiny_run, tmp_path / "parts", "ppo")
+    words = [*words_of(run, "ppo"), *more]
+    folder = StageFolder(str(run.parent), run.name, "ppo")
+    with subprocess.Popen(command("ppo", *words), stderr=subprocess.PIPE, text=True) as started:
+        wait_for(folder.latest_state)
+        first, second = children_of(started)
+        os.kill(second, signal.SIGKILL)
+        _, said = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal.SIGKILL
+    assert "process 1 of 2 was killed by signal 9" in said and "resume=true" in said
+    assert "Traceback" not in said
+    assert not Path(f"/proc/{first}").exists()
+
+    resumed = run_stage("ppo", *words, "resume=true")
+    assert resumed.status == 0, resumed.output
+    assert same_results(run / "ppo", whole / "ppo")
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_started_them(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_of(tiny_run, tmp_path, "ppo")
+    with subprocess.Popen(
+        command("ppo", *words_of(run, "ppo"), "updates=5000"), stderr=subprocess.DEVNULL, text=True
+    ) as started:
+        wait_for((run / "ppo" / "metrics.jsonl").exists)
+        children = children_of(started)
+        started.kill()
+    assert len(children) == 2
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), seconds=30)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_once_and_says_how_to_go_on(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_of(tiny_run, tmp_path, "ppo")
+    words = [*words_of(run, "ppo"), "save_every=5000", "updates=5000"]
+    with subprocess.Popen(command("ppo", *words), stderr=subprocess.PIPE, text=True) as started:
+        wait_for((run / "ppo" / "metrics.jsonl").exists)
+        started.send_signal(signal.SIGINT)
+        _, said = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert said.count("interrupted; to go on:") == 1 and "Traceback" not in said
+    assert StageFolder(str(run.parent), run.name, "ppo").latest_state() is not None
+
+
+@pytest.mark.slow
+def test_an_error_is_said_once(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_of(tiny_run, tmp_path, "ppo")
+    missing = run_stage("ppo", *words_of(run, "ppo"), "data.prompts.ppo=nowhere.jsonl")
+    assert "data.prompts.ppo: nowhere.jsonl: no such file" in missing.error  # which asserts one line
+
+
+@pytest.mark.slow
+def test_two_machines_have_the_numbers_of_one(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_of(tiny_run, tmp_path, "ppo")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [*words_of(run, "ppo"), "num_machines=2", "main_address=127.0.0.1", f"main_port={port}"]
+    machines = [
+        subprocess.Popen(command("ppo", *words, f"machine_rank={rank}"), stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [machine.communicate(timeout=120)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    ours, theirs = (read_lines(folder / "ppo" / "metrics.jsonl") for folder in (run, tiny_run))
+    assert all(close(mine, other) for mine, other in zip(ours[:5], theirs[:5], strict=True))
+
+
+@pytest.mark.slow
+def test_machines_that_disagree_are_found_at_the_start(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_of(tiny_run, tmp_path, "ppo")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [*words_of(run, "ppo"), "num_machines=2", "main_address=127.0.0.1", f"main_port={port}"]
+    machines = [
+        subprocess.Popen(
+            command("ppo", *words, f"machine_rank={rank}", f"seed={rank}"), stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    said = [machine.communicate(timeout=120)[1] for machine in machines]
+    assert all(machine.returncode == 2 for machine in machines)
+    assert "error: process 1 does not have the configuration of process 0" in said[0]
+    assert not (run / "ppo").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["num_processes=2"], "num_processes=2 needs several processes: set engine=ddp"),
+        (["num_machines=2"], "num_machines=2 needs several processes: set engine=ddp"),
+        (["engine=ddp"], "engine=ddp: give num_processes="),
+        (
+            ["engine=ddp", "num_processes=3", "num_machines=2"],
+            "num_processes=3 is no multiple of num_machines=2",
+        ),
+        (["engine=ddp", "num_processes=2", "machine_rank=1"], "machine_rank=1 of num_machines=1"),
+        (["engine=ddp", "num_processes=2", "num_machines=2"], "num_machines=2: give main_address="),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        num_processes(load_config("ppo", words))
+
+
+def test_one_process_is_the_default() -> None:
+    assert num_processes(load_config("ppo", [])) == 1
+    assert num_processes(load_config("ppo", ["engine=ddp", "num_processes=4"])) == 4
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_named(tiny_run: Path, tmp_path: Path) -> None:
+    run = copy_of(tiny_run, tmp_path, "ppo")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found = run_stage("ppo", *words_of(run, "ppo"), f"main_port={port}").error
+    assert f"main_port={port} cannot be used (Address already in use)" in found and "main_port=" in found
+
+
+def test_shares_are_put_together_in_order() -> None:
+    items = list(range(7))
+    shares = [Processes(rank, 3).share(items) for rank in range(3)]
+    assert sorted(item for share in shares for item in share) == items
+    assert ALONE.gathered([1, 2], 2) == [1, 2] and ALONE.all_of("x") == ["x"]
+
+
+def test_alone_the_first_process_does_it_itself() -> None:
+    assert by_main(lambda x: x + 1)(2) == 3
