@@ -53,15 +53,19 @@ def plain_attention(  # noqa: PLR0913 (transformers' signature of an attention f
     scale = width**-0.5 if scaling is None else scaling
     # (N, Q * G, D): the queries of a block stand together
     grouped = query.view(rows, key_heads, group, queries, width).transpose(2, 3)
-    grouped = grouped.reshape(rows * key_heads, queries * group, width).to(value.dtype)
-    key = key.reshape(rows * key_heads, keys, width).to(value.dtype)
-    value = value.reshape(rows * key_heads, keys, width)
-    if attention_mask is None and queries > 1:
-        result = _Causal.apply(grouped, key, value, scale, group)
-    else:
-        mask = _additive(attention_mask, grouped, (rows, key_heads, group, queries, keys))
-        products = torch.baddbmm(mask, grouped, key.mT, alpha=scale)
-        result = torch.bmm(products.softmax(-1).to(value.dtype), value)
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    grouped = grouped.reshape(rows * key_heads, queries * group, width).to(dtype)
+    key = key.reshape(rows * key_heads, keys, width).to(dtype)
+    value = value.reshape(rows * key_heads, keys, width).to(dtype)
+    # not by autocast, which would round the mask's lowest number to minus infinity
+    with torch.autocast(kind, enabled=False):
+        if attention_mask is None and queries > 1:
+            result = _Causal.apply(grouped, key, value, scale, group)
+        else:
+            mask = _additive(attention_mask, grouped, (rows, key_heads, group, queries, keys))
+            products = torch.baddbmm(mask, grouped, key.mT, alpha=scale)
+            result = torch.bmm(products.softmax(-1), value)
     result = result.view(rows, key_heads, queries, group, width).transpose(1, 2)
     return result.reshape(rows, queries, heads, width), None
 

@@ -83,3 +83,14 @@ def test_future_keys_leave_no_trace() -> None:
     key.data[:, :, -3:] = value.data[:, :, -3:] = 1e6
     changed, _ = plain_attention(torch.nn.Module(), query, key, value, None)
     assert torch.equal(changed[:, :-3], result[:, :-3])
+
+
+@pytest.mark.parametrize("size", [(3, 4, 2, 9, 9, 16), (3, 4, 2, 1, 9, 16)])
+def test_padding_stays_finite_where_autocast_rounds(size: tuple[int, ...]) -> None:
+    mask = visible(size).repeat(size[0], 1, 1, 1)
+    mask[1, ..., :4] = False  # left padding, whose rows see no key at all
+    exact, _ = plain_attention(torch.nn.Module(), *inputs(size), mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, _ = plain_attention(torch.nn.Module(), *inputs(size), mask)
+    assert rounded.dtype == torch.bfloat16 and rounded.isfinite().all()
+    torch.testing.assert_close(rounded.float()[:, -4:], exact[:, -4:], atol=0.03, rtol=0.03)
