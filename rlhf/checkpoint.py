@@ -45,6 +45,7 @@ FREE_ON_RESUME = {
     "num_machines",
     "machine_rank",
     "main_address",
+    "hostfile",
     "main_port",
 }
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")

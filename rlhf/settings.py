@@ -141,6 +141,7 @@ class StageConfig:
     num_machines: int
     machine_rank: int
     main_address: str | None
+    hostfile: str | None
     main_port: int | None
     tracker: str
     model: Model

@@ -87,7 +87,7 @@ def run(stage: str, overrides: list[str]) -> int:
     from rlhf.parents import check_there
     from rlhf.processes import RANK
     from stages import all as all_stages
-    from stages.launch import launch, num_processes
+    from stages.launch import launch, place_of
     from stages.show import show
 
     if stage == "all":
@@ -105,7 +105,7 @@ def run(stage: str, overrides: list[str]) -> int:
         folder = StageFolder(config.runs, config.name, stage)
         folder.check_free(overwrite=config.overwrite, resume=config.resume)
         check_there(config, folder.path)
-        if num_processes(config) > 1:
+        if place_of(config).count > 1:
             return launch(stage, overrides, config)
     if os.environ.get(RANK, "0") != "0":
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)

@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rlhf.config import PROJECT_DIR
 from rlhf.processes import ADDRESS, COUNT, RANK
+from rlhf.sources import nearest_existing
 
 ENTRY_POINT = PROJECT_DIR / "stages" / "__main__.py"
 DEFAULT_PORT = 29500
+HOST = re.compile(r"(\S+)\s+slots=([1-9]\d*)")
 SECONDS_TO_END = 20.0  # that processes get after a signal before they are killed
 
 
-def num_processes(config: Any) -> int:
-    """How many processes the settings ask for, on all machines together.
+@dataclass(frozen=True)
+class Place:
+    """Which of all processes run on this machine: `here` of `count`, from rank `first` on."""
 
-    Raises ValueError where they do not fit one another.
+    count: int
+    here: int
+    first: int
+    host: str | None  # of the first process, where there are several machines
+
+    @property
+    def is_several_machines(self) -> bool:
+        return self.here < self.count
+
+
+def place_of(config: Any) -> Place:
+    """How many processes the settings ask for, and which of them are this machine's.
+
+    Raises ValueError where the settings do not fit one another.
     """
     asked = config.num_processes
     if config.engine.name == "single":
-        if (asked or 1) > 1 or config.num_machines > 1:
-            key = "num_processes" if (asked or 1) > 1 else "num_machines"
+        given = {"num_processes": (asked or 1) > 1, "num_machines": config.num_machines > 1}
+        given["hostfile"] = config.hostfile is not None
+        for key in (key for key, several in given.items() if several):
             raise ValueError(f"{key}={getattr(config, key)} needs several processes: set engine=ddp")
-        return 1
+        return Place(1, 1, 0, None)
+    if config.hostfile is not None:
+        return _place_in(config.hostfile, config)
     if asked is None:
         raise ValueError(f"engine={config.engine.name}: give num_processes=, of all machines together")
     if asked % config.num_machines:
@@ -39,17 +63,54 @@ def num_processes(config: Any) -> int:
         )
     if config.num_machines > 1 and config.main_address is None:
         raise ValueError(f"num_machines={config.num_machines}: give main_address=, the address of machine 0")
-    return asked
+    here = asked // config.num_machines
+    return Place(asked, here, config.machine_rank * here, config.main_address)
+
+
+def _place_in(hostfile: str, config: Any) -> Place:
+    """The place of this machine in a file of lines `host slots=N`, the first host being machine 0."""
+    if config.num_processes is not None or config.num_machines > 1 or config.main_address is not None:
+        raise ValueError("hostfile= says how many processes and machines there are: leave the other keys out")
+    path = Path(hostfile).expanduser()
+    if not path.is_file():
+        raise ValueError(f"hostfile={hostfile}: no such file{nearest_existing(path)}")
+    hosts: list[tuple[str, int]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        text = line.partition("#")[0].strip()
+        if text:
+            found = HOST.fullmatch(text)
+            if found is None:
+                raise ValueError(f"{path}:{number}: {text!r}; host slots=<number of processes> is expected")
+            hosts.append((found[1], int(found[2])))
+    own = _own_names()
+    mine = [index for index, (host, _) in enumerate(hosts) if host in own or _address_of(host) in own]
+    if len(mine) != 1:
+        raise ValueError(
+            f"{hostfile} names this machine {len(mine)} times; it is known as {', '.join(sorted(own))}"
+        )
+    slots = [count for _, count in hosts]
+    return Place(sum(slots), slots[mine[0]], sum(slots[: mine[0]]), hosts[0][0])
+
+
+def _own_names() -> set[str]:
+    addresses = {each.address for known in psutil.net_if_addrs().values() for each in known}
+    return {socket.gethostname(), socket.getfqdn(), *(each for each in addresses if "." in each)}
+
+
+def _address_of(host: str) -> str | None:
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return None
 
 
 def launch(stage: str, words: list[str], config: Any) -> int:
-    """Run a stage as this machine's share of `num_processes`; return the status a shell would."""
-    count = num_processes(config)
-    here = count // config.num_machines
-    first = config.machine_rank * here
-    address = _address(config)
+    """Run a stage as this machine's share of all processes; return the status a shell would."""
+    place = place_of(config)
+    count, here, first = place.count, place.here, place.first
+    address = _address(place, config.main_port)
     path = os.pathsep.join(filter(None, [str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]))
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // here)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _num_cores() // here)))
     common = {COUNT: str(count), ADDRESS: address, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
     command = [sys.executable, str(ENTRY_POINT), f"stage={stage}", *words]
     children = [
@@ -106,6 +167,12 @@ def _end(children: list[subprocess.Popen[bytes]]) -> None:
             child.wait()
 
 
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _gpus(count: int) -> list[str]:
     """The GPU that each process of this machine sees as its only one."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -113,16 +180,16 @@ def _gpus(count: int) -> list[str]:
     return [visible[local] if local < len(visible) else "" for local in range(count)]
 
 
-def _address(config: Any) -> str:
+def _address(place: Place, main_port: int | None) -> str:
     """host:port where the first process waits for the others; on one machine any free port will do."""
-    host = config.main_address or "127.0.0.1"
-    port = config.main_port or (DEFAULT_PORT if config.num_machines > 1 else 0)
-    if config.machine_rank > 0:
+    several = place.is_several_machines
+    host, port = place.host or "127.0.0.1", main_port or (DEFAULT_PORT if several else 0)
+    if place.first > 0:
         return f"{host}:{port}"
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("" if config.num_machines > 1 else host, port))
+            probe.bind(("" if several else host, port))
         except OSError as error:
             raise ValueError(
                 f"main_port={port} cannot be used ({error.strerror}): end what uses it, or set main_port= to "

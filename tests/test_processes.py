@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 from rlhf.checkpoint import StageFolder
 from rlhf.config import PROJECT_DIR, load_config
 from rlhf.processes import ALONE, Processes, by_main
-from stages.launch import num_processes
+from stages.launch import Place, place_of
 from tests.stage_runs import SMALL, read_lines, run_stage, same_results
 
 BEFORE = {
@@ -172,6 +172,57 @@ def test_two_machines_have_the_numbers_of_one(tiny_run: Path, tmp_path: Path) ->
     assert all(close(mine, other) for mine, other in zip(ours[:5], theirs[:5], strict=True))
 
 
+def ip(*words: str) -> bool:
+    return (
+        shutil.which("ip") is not None and subprocess.run(["ip", *words], capture_output=True).returncode == 0
+    )
+
+
+@pytest.fixture
+def two_networks() -> Iterator[list[str]]:
+    """Two network namespaces with nothing but a cable between them, as two machines have."""
+    names = [f"rlhf{os.getpid()}{side}" for side in "ab"]
+    if not all(ip("netns", "add", name) for name in names):
+        pytest.skip("this machine does not allow network namespaces")
+    try:
+        cable = [f"{name}v"[-15:] for name in names]
+        assert ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
+        for number, (name, end) in enumerate(zip(names, cable, strict=True), start=1):
+            inside = ("-n", name)
+            assert ip("link", "set", end, "netns", name)
+            assert ip(*inside, "link", "set", end, "name", "cable")
+            assert ip(*inside, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")
+            assert ip(*inside, "link", "set", "cable", "up") and ip(*inside, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.mark.slow
+def test_two_machines_on_a_network_of_their_own_have_the_numbers_of_one(
+    tiny_run: Path, tmp_path: Path, two_networks: list[str]
+) -> None:
+    run = copy_of(tiny_run, tmp_path, "ppo")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+    words = [word for word in words_of(run, "ppo") if not word.startswith("num_processes")]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "cable"}
+    machines = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, *command("ppo", *words, f"hostfile={hosts}")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for name in two_networks
+    ]
+    said = [machine.communicate(timeout=120)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    ours, theirs = (read_lines(folder / "ppo" / "metrics.jsonl") for folder in (run, tiny_run))
+    assert all(close(mine, other) for mine, other in zip(ours[:5], theirs[:5], strict=True))
+
+
 @pytest.mark.slow
 def test_machines_that_disagree_are_found_at_the_start(tiny_run: Path, tmp_path: Path) -> None:
     run = copy_of(tiny_run, tmp_path, "ppo")
@@ -196,6 +247,8 @@ def test_machines_that_disagree_are_found_at_the_start(tiny_run: Path, tmp_path:
     [
         (["num_processes=2"], "num_processes=2 needs several processes: set engine=ddp"),
         (["num_machines=2"], "num_machines=2 needs several processes: set engine=ddp"),
+        (["hostfile=x"], "hostfile=x needs several processes: set engine=ddp"),
+        (["engine=ddp", "hostfile=x", "num_processes=2"], "hostfile= says how many"),
         (["engine=ddp"], "engine=ddp: give num_processes="),
         (
             ["engine=ddp", "num_processes=3", "num_machines=2"],
@@ -207,12 +260,32 @@ def test_machines_that_disagree_are_found_at_the_start(tiny_run: Path, tmp_path:
 )
 def test_settings_that_do_not_fit_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        num_processes(load_config("ppo", words))
+        place_of(load_config("ppo", words))
 
 
 def test_one_process_is_the_default() -> None:
-    assert num_processes(load_config("ppo", [])) == 1
-    assert num_processes(load_config("ppo", ["engine=ddp", "num_processes=4"])) == 4
+    assert place_of(load_config("ppo", [])).count == 1
+    assert place_of(load_config("ppo", ["engine=ddp", "num_processes=4"])).count == 4
+
+
+def test_a_machine_finds_its_place_in_a_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "hosts"
+    monkeypatch.setattr("stages.launch._own_names", lambda: {"two", "10.0.0.2"})
+    config = load_config("ppo", ["engine=ddp", f"hostfile={path}"])
+
+    def place(text: str) -> Place:
+        path.write_text(text)
+        return place_of(config)
+
+    assert place("one slots=4  # the first\n\ntwo slots=2\n") == Place(6, 2, 4, "one")
+    assert place("10.0.0.2 slots=1\none slots=2\n") == Place(3, 1, 0, "10.0.0.2")
+    with pytest.raises(ValueError, match=r"hosts:2: 'two'; host slots=<number of processes> is expected"):
+        place("one slots=4\ntwo\n")
+    with pytest.raises(ValueError, match=r"names this machine 0 times; it is known as 10.0.0.2, two"):
+        place("one slots=4\n")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"hostfile=.*hosts: no such file"):
+        place_of(config)
 
 
 @pytest.mark.slow

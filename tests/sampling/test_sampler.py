@@ -20,7 +20,7 @@ from transformers import (
 from rlhf.batches import Rollout, left_pad
 from rlhf.engine import Engine
 from rlhf.models.forward import response_logprobs
-from rlhf.sampling.policy import Policy
+from rlhf.sampling.policy import Policy, ready_to_sample
 from rlhf.sampling.sampler import Decoding, choose_tokens, draw_uniforms, penalise_repetition, sample
 from rlhf.text import TextCodec
 from tests.models.families import EOS, FAMILIES, PAD, WORDS, attention_of, load, word_tokenizer, write_family
@@ -148,6 +148,16 @@ def test_behaviour_logprobs_are_the_learners_own(folder: Path, family: str, temp
     assert rollout.behaviour_logprobs is not None
     torch.testing.assert_close(rollout.behaviour_logprobs, learner, rtol=0, atol=1e-5)
     assert not rollout.behaviour_logprobs[~rollout.response_mask].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_weights_under_bfloat16_products_sample_what_they_learn(folder: Path, family: str) -> None:
+    model, engine = load(folder, family), Engine(torch.device("cpu"), torch.bfloat16)
+    with ready_to_sample(model, engine):
+        rollout = sampled(model, PROMPTS, Decoding(12))
+    assert rollout.behaviour_logprobs is not None
+    learned = response_logprobs(model, rollout, temperature=1.0)
+    torch.testing.assert_close(rollout.behaviour_logprobs.float(), learned, atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
