@@ -28,6 +28,7 @@ RANK, COUNT, ADDRESS = "RLHF_RANK", "RLHF_COUNT", "RLHF_ADDRESS"
 
 # A process that waits longer than this for the others takes them for dead.
 PATIENCE = datetime.timedelta(hours=6)
+PATIENCE_AT_START = datetime.timedelta(minutes=10)
 
 # Numbers that are summed over all processes at a time.
 BUCKET = 1 << 24
@@ -89,10 +90,6 @@ class Processes:
                 gradient.copy_(summed.view_as(gradient))
         return found
 
-    def wait(self) -> None:
-        """Go on once all processes have come here."""
-        self.all_of(None)
-
     def check_same(self, value: Any, what: str) -> None:
         """Raise ValueError where the processes hold different values."""
         values = self.all_of(value)
@@ -131,15 +128,31 @@ def processes() -> Processes:
     import torch
     import torch.distributed as dist
 
-    rank, address = int(os.environ[RANK]), os.environ[ADDRESS]
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        init_method=f"tcp://{address}",
-        rank=rank,
-        world_size=count,
-        timeout=PATIENCE,
-    )
+    rank, (host, _, port) = int(os.environ[RANK]), os.environ[ADDRESS].rpartition(":")
+    try:
+        store = dist.TCPStore(host, int(port), count, is_master=rank == 0, timeout=PATIENCE_AT_START)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=store,
+            rank=rank,
+            world_size=count,
+            timeout=PATIENCE,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"the {count} processes did not come together at {host}:{port} within {PATIENCE_AT_START}: start "
+            "the stage on every machine, and check main_address=, main_port= and the firewall between them"
+        ) from error
     return Processes(rank, count)
+
+
+def leave() -> None:
+    """Part from the others, once all have come here: torch aborts a process that ends while it is joined."""
+    if processes().count > 1:
+        import torch.distributed as dist
+
+        processes().all_of(None)
+        dist.destroy_process_group()
 
 
 def by_main(function: Callable[P, T]) -> Callable[P, T]:

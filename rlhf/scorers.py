@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from rlhf.processes import by_main
 from rlhf.records import LabelledText, Prompt
 from rlhf.rows import shorten
 from rlhf.sources import nearest_existing, nearest_name
@@ -131,6 +132,7 @@ class FunctionScorer:
             raise ValueError(f"function={target}: {place} has no function {function}{hint}")
         self._function = found
 
+    @by_main  # it may give another score when asked again
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         if not responses:
             return []

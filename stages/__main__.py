@@ -31,9 +31,9 @@ def main(words: list[str]) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = None
         return 0
-    except OthersEndedError:
+    except OthersEndedError as error:
         time.sleep(SECONDS_TO_SPEAK)  # whoever knows why says so meanwhile, and this process is ended
-        say("error: another process of this run ended")
+        say(f"error: the other processes of this run were lost ({error})")
         return 2
     except (ValueError, OSError) as error:  # OSError: missing files, a full disk, a hub name not found
         if os.environ.get("RLHF_TRACEBACK") == "1":
@@ -85,7 +85,7 @@ def run(stage: str, overrides: list[str]) -> int:
     from rlhf.checkpoint import StageFolder
     from rlhf.config import load_config
     from rlhf.parents import check_there
-    from rlhf.processes import RANK
+    from rlhf.processes import RANK, leave
     from stages import all as all_stages
     from stages.launch import launch, place_of
     from stages.show import show
@@ -111,6 +111,7 @@ def run(stage: str, overrides: list[str]) -> int:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     quiet_libraries()
     importlib.import_module(f"stages.{stage}").main(overrides)
+    leave()
     return 0
 
 
@@ -154,4 +155,8 @@ if __name__ == "__main__":
     sys.path.append(os.getcwd())
     if {"RLHF_COMMAND", "RLHF_RANK"} & set(os.environ):  # started by another process of ours
         end_with_parent()
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status and "RLHF_RANK" in os.environ:  # still joined to the others
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -70,6 +70,34 @@ def test_training_has_the_numbers_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_adapters_and_a_reward_function_have_the_numbers_of_one_process(
+    tiny_run: Path, tmp_path: Path, adapter: str
+) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def score(prompts, responses):\n"
+        f"    with open({str(tmp_path / 'asked')!r}, 'a') as asked:\n"
+        "        asked.write('x')\n"
+        "    return [len(text) / 10 for text in responses]\n"
+    )
+    own = [
+        f"adapter={adapter}",
+        "adapter.r=4",
+        "reward=function",
+        f"reward.function={reward}:score",
+        "updates=3",
+    ]
+    alone, several = (copy_of(tiny_run, tmp_path / name, "ppo") for name in ("alone", "several"))
+    assert run_stage("ppo", *words_of(alone, "ppo"), *own, "engine=single", "num_processes=null").status == 0
+    result = run_stage("ppo", *words_of(several, "ppo"), *own)
+    assert result.status == 0, result.output
+    ours, theirs = (read_lines(run / "ppo" / "metrics.jsonl") for run in (several, alone))
+    assert all(close(mine, other) for mine, other in zip(ours, theirs, strict=True)), (ours, theirs)
+    assert (tmp_path / "asked").read_text() == "x" * 6, "a reward function is asked once an update"
+
+
+@pytest.mark.slow
 def test_samples_and_their_evaluation_are_those_of_one_process(tiny_run: Path, tmp_path: Path) -> None:
     run = copy_of(tiny_run, tmp_path, "evaluate")
     shutil.rmtree(run / "collect")
