@@ -210,8 +210,8 @@ def settings_that_count(text: str) -> dict[str, Any]:
     """The settings of a resolved configuration that change a result, by full key."""
     tree = yaml.safe_load(text) or {}
     run = Path(tree.get("runs", "")) / tree.get("name", "")
-    flat = _flat(yaml.safe_load(text.replace(f"{run}/", "<this run>/")) or {})
-    return {key: value for key, value in flat.items() if key not in FREE_ON_RESUME}
+    here = json.dumps(tree, ensure_ascii=False).replace(f"{run}/", "<this run>/")
+    return {key: value for key, value in _flat(json.loads(here)).items() if key not in FREE_ON_RESUME}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

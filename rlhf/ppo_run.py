@@ -35,6 +35,7 @@ from rlhf.ppo import (
     final_scores,
     policy_and_reference,
 )
+from rlhf.ppo_checks import end_checks, start_checks
 from rlhf.processes import by_main
 from rlhf.records import Demonstration, PromptRecord
 from rlhf.rewards import RewardModelScorer, build_scorer, score_samples
@@ -247,64 +248,17 @@ class PPORun:
         return final_scores(scores.to(self.engine.device), rollout, self.codec.eos_token_id, self.missing_eos)
 
     def check_start(self, experience: Experience) -> None:
-        """Before the first weight changes: KL 0 to the reference, a reward that differs, EOS where
-        responses end.
-        """
-        mask = experience.rollout.response_mask
-        difference = float((experience.logprobs - experience.ref_logprobs)[mask].abs().max())
-        tolerance = 1e-4 if self.engine.dtype == torch.float32 else 0.5
-        spread = float(experience.scores.std(correction=0))
-        lengths = mask.sum(1)
-        eos = (experience.rollout.response_tokens == self.codec.eos_token_id) & mask
-        ends_at_eos = bool(
-            ((eos.sum(1) == 0) | ((eos.sum(1) == 1) & eos.gather(1, lengths.unsqueeze(1) - 1)[:, 0])).all()
-        )
-        checks = [
-            Check(
-                "policy equals reference at the start",
-                difference <= tolerance,
-                f"largest log-prob difference {difference:.1e}",
-                "the KL penalty must start at 0: is policy the SFT model itself?",
-            ),
-            Check(
-                "responses end at their first EOS",
-                ends_at_eos,
-                f"{float((eos.sum(1) == 1).float().mean()):.0%} ended",
-                "tokens after EOS would be scored and learned",
-            ),
-            Check(
-                "rewards differ",
-                spread > 0,
-                f"standard deviation {spread:.3f}",
-                "one score for every response leaves nothing to learn",
-            ),
-        ]
-        self.start_checks = checks
-        print_checks(checks)
-        if not all_passed(checks) and not self.config.force:
+        """Print the checks before the first weight changes; a failed one stops the run, unless forced."""
+        self.start_checks = start_checks(experience, self.engine.dtype, self.codec.eos_token_id)
+        print_checks(self.start_checks)
+        if not all_passed(self.start_checks) and not self.config.force:
             raise ValueError(
                 "a check before the first update failed; mend its cause, or go on with force=true"
             )
 
     def checks(self) -> list[Check]:
         """What the run says about itself; the comparison on unseen prompts is stage=evaluate's."""
-        ratio = abs(self.last["first_ratio"] - 1)
-        tolerance = 1e-5 if self.engine.dtype == torch.float32 else 0.02
-        return [
-            *self.start_checks,
-            Check(
-                "first minibatch has ratio 1",
-                ratio < tolerance,
-                f"off by {ratio:.1e}",
-                "old log-probs must come from the weights that learn",
-            ),
-            Check(
-                "score rose",
-                self.last["score"] > self.first["score"],
-                f"{self.first['score']:.2f} to {self.last['score']:.2f} at KL {self.last['kl']:.2f}",
-                "more updates, a higher learning_rate or a lower kl.coef",
-            ),
-        ]
+        return [*self.start_checks, *end_checks(self.first, self.last, self.engine.dtype)]
 
     def write_samples(
         self, step: int, records: Sequence[PromptRecord], rollout: Rollout, scores: Tensor

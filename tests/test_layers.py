@@ -42,6 +42,7 @@ LAYERS = {
     "rm": 3,
     "ppo": 3,
     "ppo_run": 3,
+    "ppo_checks": 3,
     "collect": 3,
     "bench": 3,
     "rewards": 3,
