@@ -264,14 +264,14 @@ class Learner:
         shares = [pieces[k :: self.engine.workers] for k in range(min(self.engine.workers, len(pieces)))]
         with self.engine.autocast():  # around all pieces, so that trained weights are rounded once
             results = self.engine.side_by_side(work, shares)
-        totals, gradients = torch.zeros(1), no_gradients
+        totals, gradients = torch.zeros(()), no_gradients  # where there is less than a piece for each process
         for terms_of_one, gradients_of_one in results:
             totals, gradients = totals + terms_of_one, _add(gradients, gradients_of_one)
         gradients = processes.sum_gradients(parameters, gradients)
         sums = _add([parameter.grad for parameter in parameters], gradients)
         for parameter, gradient in zip(parameters, sums, strict=True):
             parameter.grad = gradient
-        return torch.stack(processes.all_of(totals)).sum(0)[1:].tolist()
+        return functools.reduce(torch.add, processes.all_of(totals))[1:].tolist()
 
     def policy_terms(self, piece: Experience, *, denominator: Tensor) -> Tensor:
         """What the policy minimises on one micro-batch, and its POLICY_TERMS."""

@@ -153,10 +153,13 @@ if __name__ == "__main__":
     # nothing in the user's folder or in stages/ may pass for a library; the user's functions stay importable
     sys.path[0] = str(HELP_FILE.resolve().parents[1])
     sys.path.append(os.getcwd())
-    if {"RLHF_COMMAND", "RLHF_RANK"} & set(os.environ):  # started by another process of ours
+    from rlhf.processes import RANK
+    from stages import COMMAND_VARIABLE
+
+    if {COMMAND_VARIABLE, RANK} & set(os.environ):  # started by another process of ours
         end_with_parent()
     status = main(sys.argv[1:])
-    if status and "RLHF_RANK" in os.environ:  # still joined to the others
+    if status and RANK in os.environ:  # still joined to the others
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

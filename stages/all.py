@@ -82,7 +82,8 @@ def reasons_to_skip(configs: Configs) -> tuple[dict[str, str], set[str]]:
         folder = stage_folder(stage, config)
         if config.overwrite or not (folder / "stage.json").exists():
             missing.append(stage)
-            again |= {stage} if again else set()
+            if again:
+                again.add(stage)
             continue
         if not config.resume:
             raise ValueError(

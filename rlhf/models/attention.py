@@ -81,14 +81,13 @@ class _Causal(torch.autograd.Function):
     ) -> Tensor:
         blocks = _blocks(q.shape[1] // group, k.shape[1], group)
         result, weights = torch.empty_like(q), []
-        with torch.autocast(q.device.type, enabled=False):
-            for rows, keys in blocks:
-                products = torch.baddbmm(q.new_zeros(()), q[:, rows], k[:, :keys].mT, beta=0, alpha=scale)
-                queries = (rows.stop - rows.start) // group
-                hidden = torch.ones(queries, queries, dtype=torch.bool, device=q.device).triu(1)
-                products[..., keys - queries :].masked_fill_(hidden.repeat_interleave(group, 0), -torch.inf)
-                weights.append(products.softmax(-1))
-                result[:, rows] = _product(weights[-1], v[:, :keys])
+        for rows, keys in blocks:
+            products = torch.baddbmm(q.new_zeros(()), q[:, rows], k[:, :keys].mT, beta=0, alpha=scale)
+            queries = (rows.stop - rows.start) // group
+            hidden = torch.ones(queries, queries, dtype=torch.bool, device=q.device).triu(1)
+            products[..., keys - queries :].masked_fill_(hidden.repeat_interleave(group, 0), -torch.inf)
+            weights.append(products.softmax(-1))
+            result[:, rows] = _product(weights[-1], v[:, :keys])
         ctx.save_for_backward(q, k, v, *weights)
         ctx.scale, ctx.blocks = scale, blocks
         return result
