@@ -129,10 +129,11 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
         rollout = clock.run("sample", _rollout, roles, batch, spec, seed=step)
         scores = torch.tensor(clock.run("score", reward.score_tokens, rollout.sequences()))
         coef = config.kl.coef
+        first = learner.first_step(rollout, step=step)
         experience = clock.run(
-            "experience", build_experience, roles, rollout, scores, config=config, kl_coef=coef
+            "experience", build_experience, roles, rollout, scores, config=config, kl_coef=coef, first=first
         )
-        clock.run("learn", learner.update, experience, step=step)
+        clock.run("learn", learner.update, experience, step=step, first=first)
         tokens += int(rollout.attention_mask.sum())
         memory.append(held_memory(spec["engine"]["device"]) / 2**30)
     whole = time.perf_counter() - started

@@ -29,6 +29,10 @@ TOKENS_PER_PASS_FULL_WEIGHTS = 1280
 TOKENS_PER_PASS_SMALL_MODEL = 4096
 TOKENS_PER_PASS_GPU = 16384
 
+# Tokens of passes whose activations a processor holds so as not to compute them twice.
+KEPT_TOKENS = 3072
+KEPT_TOKENS_SMALL_MODEL = 16384
+
 # Passes that a processor computes side by side where nothing else is said: with full weights each of them
 # holds gradients of its own.
 MOST_WORKERS = 2
@@ -45,6 +49,7 @@ class Engine:
     dtype: torch.dtype
     micro_batch_size: int | None = None
     tokens_per_pass: int = TOKENS_PER_PASS
+    kept_tokens: int = KEPT_TOKENS
     workers: int = 1
     processes: Processes = ALONE
 
@@ -130,16 +135,18 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
     else:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     on_processor = device.type == "cpu"
-    tokens_per_pass = TOKENS_PER_PASS_GPU
+    tokens_per_pass, kept_tokens = TOKENS_PER_PASS_GPU, 0
     if on_processor:
         tokens_per_pass = TOKENS_PER_PASS_FULL_WEIGHTS if full_weights else TOKENS_PER_PASS
+        kept_tokens = KEPT_TOKENS
         if num_parameters < SMALL_MODEL:
-            tokens_per_pass = TOKENS_PER_PASS_SMALL_MODEL
+            tokens_per_pass, kept_tokens = TOKENS_PER_PASS_SMALL_MODEL, KEPT_TOKENS_SMALL_MODEL
     return Engine(
         device,
         dtype,
         settings.micro_batch_size,
         settings.tokens_per_pass or tokens_per_pass,
+        kept_tokens if settings.kept_tokens is None else settings.kept_tokens,
         min(settings.workers or (MOST_WORKERS if on_processor else 1), torch.get_num_threads()),
         processes(),
     )

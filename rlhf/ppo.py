@@ -8,6 +8,7 @@ epochs.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,22 +64,27 @@ def build_experience(  # noqa: PLR0913 (a rollout, its scores, and what they are
     config: Any,
     kl_coef: float,
     baseline: Tensor | float | None = None,
+    first: FirstStep | None = None,
 ) -> Experience:
     """Score a rollout: old and reference log-probs, values, shaped rewards, advantages and returns.
 
     Old log-probs come from the learner's own forward pass. Advantages are whitened over the whole batch.
-    `baseline`, of REINFORCE, is a number or one a row (B,); None stands for the batch's mean reward.
+    `baseline`, of REINFORCE, is a number or one a row (B,); None stands for the batch's mean reward. With
+    `first`, of `Learner.first_step`, the critic's gradients of that step are left behind too.
     """
-    models, engine = roles.actor_critic, roles.engine
-    old, ref = policy_and_reference(roles, rollout, temperature=config.temperature)
-    value = torch.zeros_like(old)
-    if models.critic is not None:
-        with models.as_critic():
-            value = _of_all_rows(models.values, rollout, engine)
-    mask = rollout.response_mask
+    models, mask = roles.actor_critic, rollout.response_mask
+    old, ref = policy_and_reference(roles, rollout, temperature=config.temperature, first=first)
     rewards = shaped_rewards(old, ref, scores, mask, kl_coef)
     if config.whiten_rewards:
         rewards = whiten(rewards, mask, keep_mean=True)
+    value = torch.zeros_like(old)
+    if models.critic is not None:
+        with models.as_critic():
+            if first is not None:
+                value = first.values(rewards)
+            else:
+                passes = Passes(rollout, roles.engine)
+                value = passes.table(lambda number: models.values(passes.rollouts[number]))
     if config.algo == "ppo":
         advantages, returns = gae(rewards, value, mask, gamma=config.gae.gamma, lam=config.gae.lam)
     else:
@@ -90,24 +96,102 @@ def build_experience(  # noqa: PLR0913 (a rollout, its scores, and what they are
 
 
 @torch.no_grad()
-def policy_and_reference(roles: Roles, rollout: Rollout, *, temperature: float) -> tuple[Tensor, Tensor]:
+def policy_and_reference(
+    roles: Roles, rollout: Rollout, *, temperature: float, first: FirstStep | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probs (B, R) of a rollout under the policy and under the reference."""
-    policy = functools.partial(roles.actor_critic.logprobs, temperature=temperature)
-    reference = functools.partial(roles.reference.logprobs, temperature=temperature)
-    old = _of_all_rows(policy, rollout, roles.engine)
+    passes = Passes(rollout, roles.engine) if first is None else first.passes
+
+    def policy(number: int) -> Tensor:
+        if first is not None and first.keeps(number):
+            return first.logprobs(number)
+        return roles.actor_critic.logprobs(passes.rollouts[number], temperature=temperature)
+
+    old = passes.table(policy)
     with roles.reference.acting():
-        return old, _of_all_rows(reference, rollout, roles.engine)
+        reference = roles.reference.logprobs
+        return old, passes.table(lambda number: reference(passes.rollouts[number], temperature=temperature))
 
 
-def _of_all_rows(role: Callable[[Rollout], Tensor], rollout: Rollout, engine: Engine) -> Tensor:
-    """What a role says (B, R) of a rollout, computed in micro-batches."""
-    rows = engine.micro_batches(rollout.lengths())
-    pieces = [rollout.rows(index) for index in rows]
-    table = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
-    with engine.autocast():  # around all pieces, so that trained weights are rounded once
-        for index, found in zip(rows, engine.shared_out(role, pieces), strict=True):
-            table[index, : found.shape[1]] = found
-    return table
+class Passes:
+    """A rollout cut into micro-batches. Given the rows of an optimizer step, theirs come first and are cut as
+    that step cuts them; `num_first` counts them.
+    """
+
+    def __init__(self, rollout: Rollout, engine: Engine, first: Tensor | None = None) -> None:
+        lengths, everything = rollout.lengths(), torch.arange(len(rollout.tokens))
+        first = everything[:0] if first is None else first
+        groups = [first, everything[~torch.isin(everything, first)]]
+        cuts = [
+            [group[index] for index in engine.micro_batches([lengths[row] for row in group.tolist()])]
+            for group in groups
+            if len(group)
+        ]
+        self.engine, self.shape, self.device = engine, rollout.response_mask.shape, rollout.tokens.device
+        self.rows = [index for group in cuts for index in group]
+        self.rollouts = [rollout.rows(index) for index in self.rows]
+        self.num_first = len(cuts[0]) if len(first) else 0
+
+    def table(self, function: Callable[[int], Tensor]) -> Tensor:
+        """What `function` says (B, R) of all rows, from what it says of each pass, by its number."""
+        table = torch.zeros(self.shape, device=self.device)
+        with self.engine.autocast():  # around all passes, so that trained weights are rounded once
+            found = self.engine.shared_out(function, range(len(self.rows)))
+        for index, piece in zip(self.rows, found, strict=True):
+            table[index, : piece.shape[1]] = piece
+        return table
+
+
+class FirstStep:
+    """The passes of an update's first optimizer step. No weight has changed until then, so its log-probs and
+    values are the old ones of its rows as well, and need no passes of their own.
+
+    The critic learns while the experience is built: its returns take nothing but its own row's values. The
+    policy's advantages wait for those of all rows, so the graphs of its passes are kept, as far as
+    `engine.kept_tokens` go; the others are computed twice.
+    """
+
+    def __init__(self, learner: Learner, rollout: Rollout, rows: Tensor) -> None:
+        self.learner = learner
+        self.passes = Passes(rollout, learner.engine, rows)
+        self.num_tokens = rollout.response_mask[rows].sum()
+        sizes = [each.tokens.numel() for each in self.passes.rollouts[: self.passes.num_first]]
+        room = learner.engine.kept_tokens * learner.engine.processes.count
+        self.num_kept = sum(total <= room for total in itertools.accumulate(sizes))
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.value_loss = 0.0
+
+    def keeps(self, number: int) -> bool:
+        """Whether the graph of the policy's pass is kept."""
+        return number < self.num_kept
+
+    @torch.enable_grad()
+    def logprobs(self, number: int) -> Tensor:
+        """The policy's log-probs of a pass whose graph is kept."""
+        self.kept[number] = self.learner.policy_outputs(self.passes.rollouts[number])
+        return self.kept[number][0].detach()
+
+    def values(self, rewards: Tensor) -> Tensor:
+        """The critic's values (B, R), asked for while it acts; its gradients are summed up meanwhile."""
+        learner, config, found = self.learner, self.learner.config, dict[int, Tensor]()
+
+        def terms(number: int) -> Tensor:
+            rollout = self.passes.rollouts[number]
+            values, mask = learner.models.values(rollout), rollout.response_mask
+            found[number] = values.detach()
+            own = rewards[self.passes.rows[number], : mask.shape[1]]
+            _, returns = gae(own, found[number], mask, gamma=config.gae.gamma, lam=config.gae.lam)
+            return learner.value_terms(values, found[number], returns, mask, denominator=self.num_tokens)
+
+        learner.optimizer.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            [self.value_loss] = learner.descend(terms, range(self.passes.num_first))
+
+        def values_of(number: int) -> Tensor:
+            own = found.get(number)
+            return learner.models.values(self.passes.rollouts[number]) if own is None else own
+
+        return self.passes.table(values_of)
 
 
 def _sequence_advantages(
@@ -186,18 +270,30 @@ class Learner:
         ):
             group["lr"] = rate * min(warm, left, 1.0)
 
-    def update(self, experience: Experience, *, step: int) -> dict[str, float]:
-        """Run epochs x minibatches optimizer steps on an experience and return the means of their metrics."""
+    def first_step(self, rollout: Rollout, *, step: int) -> FirstStep:
+        """The first optimizer step of update `step` on a rollout, for `build_experience` and `update`."""
+        return FirstStep(self, rollout, self._minibatches(len(rollout.tokens), step, epoch=0)[0])
+
+    def _minibatches(self, num_episodes: int, step: int, epoch: int) -> Sequence[Tensor]:
+        order = torch.from_numpy(permutation(num_episodes, self.config.seed, step, epoch))
+        return order.tensor_split(self.config.minibatches)
+
+    def update(
+        self, experience: Experience, *, step: int, first: FirstStep | None = None
+    ) -> dict[str, float]:
+        """Run epochs x minibatches optimizer steps on an experience and return the means of their metrics.
+
+        `first`: what the experience was built with.
+        """
         config, history = self.config, []
         self.step = step
         self.set_learning_rates(step)
-        num_episodes = len(experience.scores)
         for epoch in range(config.epochs):
-            order = torch.from_numpy(permutation(num_episodes, config.seed, step, epoch))
-            for index, rows in enumerate(order.tensor_split(config.minibatches)):
+            for index, rows in enumerate(self._minibatches(len(experience.scores), step, epoch)):
                 batch = experience.rows(rows)
                 texts = self.mix.batch(len(rows), config.seed, step, epoch, index) if self.mix else None
-                history.append(self.minibatch(batch, texts))
+                history.append(self.minibatch(batch, texts, first))
+                first = None
             if config.approx_kl_stop is not None and history[-1]["approx_kl"] > config.approx_kl_stop:
                 break
         metrics = {name: sum(each[name] for each in history) / len(history) for name in history[0]}
@@ -207,19 +303,34 @@ class Learner:
             "optimizer_steps": len(history),
         }
 
-    def minibatch(self, batch: Experience, texts: Rollout | None = None) -> dict[str, float]:
+    def minibatch(
+        self, batch: Experience, texts: Rollout | None = None, first: FirstStep | None = None
+    ) -> dict[str, float]:
         """One optimizer step; its gradient does not depend on how the rows are cut into micro-batches.
 
-        The loss of `texts` (PTX) is summed into it.
+        The loss of `texts` (PTX) is summed into it. With `first` the critic has learned already.
         """
-        denominator = batch.rollout.response_mask.sum()
-        self.optimizer.zero_grad(set_to_none=True)
+        mask = batch.rollout.response_mask
+        denominator, kept = mask.sum(), {} if first is None else first.kept
+        if first is None or self.models.critic is None:
+            self.optimizer.zero_grad(set_to_none=True)
         pieces = [batch.rows(index) for index in self.engine.micro_batches(batch.rollout.lengths())]
-        terms = self.descend(functools.partial(self.policy_terms, denominator=denominator), pieces)
+
+        def policy_terms(numbered: tuple[int, Experience]) -> Tensor:
+            number, piece = numbered
+            outputs = kept.pop(number, None) or self.policy_outputs(piece.rollout)
+            return self.policy_terms(*outputs, piece, denominator=denominator)
+
+        def value_terms(piece: Experience) -> Tensor:
+            values, own = self.models.values(piece.rollout), piece.rollout.response_mask
+            return self.value_terms(values, piece.values, piece.returns, own, denominator=denominator)
+
+        terms = self.descend(policy_terms, list(enumerate(pieces)))
         totals = dict(zip(POLICY_TERMS, terms, strict=True))
-        if self.models.critic is not None:
+        if self.models.critic is not None and first is not None:
+            totals["value_loss"] = first.value_loss
+        elif self.models.critic is not None:
             with self.models.as_critic():
-                value_terms = functools.partial(self.value_terms, denominator=denominator)
                 [totals["value_loss"]] = self.descend(value_terms, pieces)
         if texts is not None:
             num_tokens = texts.response_mask.sum()
@@ -273,12 +384,18 @@ class Learner:
             parameter.grad = gradient
         return functools.reduce(torch.add, processes.all_of(totals))[1:].tolist()
 
-    def policy_terms(self, piece: Experience, *, denominator: Tensor) -> Tensor:
+    def policy_outputs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """The policy's log-probs and entropies (B, R), with what its gradient needs."""
+        config = self.config
+        return self.models.logprobs_and_entropy(
+            rollout, temperature=config.temperature, learn_entropy=config.entropy_coef > 0
+        )
+
+    def policy_terms(
+        self, logprobs: Tensor, entropies: Tensor, piece: Experience, *, denominator: Tensor
+    ) -> Tensor:
         """What the policy minimises on one micro-batch, and its POLICY_TERMS."""
         config, mask = self.config, piece.rollout.response_mask
-        logprobs, entropies = self.models.logprobs_and_entropy(
-            piece.rollout, temperature=config.temperature, learn_entropy=config.entropy_coef > 0
-        )
         loss, metrics = policy_loss(
             logprobs, piece.logprobs, piece.advantages, mask, clip=config.clip.policy, denominator=denominator
         )
@@ -286,16 +403,11 @@ class Learner:
         shown = (loss, entropy, metrics["ratio_mean"], metrics["approx_kl"], metrics["clip_fraction"])
         return torch.stack([loss - config.entropy_coef * entropy, *(term.detach() for term in shown)])
 
-    def value_terms(self, piece: Experience, *, denominator: Tensor) -> Tensor:
+    def value_terms(
+        self, values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, *, denominator: Tensor
+    ) -> Tensor:
         """What the critic minimises on one micro-batch, and its loss."""
-        loss = value_loss(
-            self.models.values(piece.rollout),
-            piece.values,
-            piece.returns,
-            piece.rollout.response_mask,
-            clip=self.config.clip.value,
-            denominator=denominator,
-        )
+        loss = value_loss(values, old, returns, mask, clip=self.config.clip.value, denominator=denominator)
         return torch.stack([self.config.value_coef * loss, loss.detach()])
 
     def text_terms(self, texts: Rollout, *, denominator: Tensor) -> Tensor:

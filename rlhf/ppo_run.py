@@ -171,8 +171,9 @@ class PPORun:
         except ValueError as error:
             raise ValueError(f"update {step}: {error}") from error
         baseline = self.baseline(records) if config.algo == "reinforce" else None
+        first = self.learner.first_step(rollout, step=step)
         experience = build_experience(
-            self.roles, rollout, scores, config=config, kl_coef=self.kl.coef, baseline=baseline
+            self.roles, rollout, scores, config=config, kl_coef=self.kl.coef, baseline=baseline, first=first
         )
         has_critic = self.models.critic is not None
         found = experience_metrics(experience, self.codec.eos_token_id, has_critic=has_critic)
@@ -182,7 +183,7 @@ class PPORun:
         scored = time.perf_counter()
         if step == 1:
             self.check_start(experience)
-        metrics |= self.learner.update(experience, step=step)
+        metrics |= self.learner.update(experience, step=step, first=first)
         self.kl.update(metrics["kl"], episodes=len(records))
         learned = time.perf_counter()
         if step % config.sample_every == 0 or step in (1, config.updates):

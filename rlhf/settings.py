@@ -43,6 +43,7 @@ class Engine:
     dtype: str
     micro_batch_size: int | None
     tokens_per_pass: int | None
+    kept_tokens: int | None
     threads: int | None
     workers: int | None
 

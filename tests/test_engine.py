@@ -9,7 +9,7 @@ from rlhf.engine import Engine
 
 
 def engine(rows_at_most: int | None, tokens: int, workers: int) -> Engine:
-    return Engine(torch.device("cpu"), torch.float32, rows_at_most, tokens, workers)
+    return Engine(torch.device("cpu"), torch.float32, rows_at_most, tokens, workers=workers)
 
 
 LENGTHS = [random.Random(1).randint(1, 700) for _ in range(200)]

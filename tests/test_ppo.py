@@ -61,15 +61,21 @@ def settings(folder: Path, *, family: str = "llama", adapter: str = "none", **mo
     return config
 
 
-def roles_of(config: Any, micro_batch_size: int | None = None, workers: int = 1) -> Roles:
+def roles_of(config: Any, micro_batch_size: int | None = None, workers: int = 1, **more: Any) -> Roles:
     torch.manual_seed(0)
-    engine = Engine(torch.device("cpu"), torch.float32, micro_batch_size, workers=workers)
+    engine = Engine(torch.device("cpu"), torch.float32, micro_batch_size, workers=workers, **more)
     return build_roles(config, engine)
 
 
 def experience_of(roles: Roles, config: Any, *, seed: int = 0, kl_coef: float = 0.1) -> Experience:
     """Sample from the policy and score it with numbers that differ from row to row."""
-    rollout = sample(
+    scores = torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0, -2.0])
+    rollout = rollout_of(roles, config, seed=seed)
+    return build_experience(roles, rollout, scores, config=config, kl_coef=kl_coef)
+
+
+def rollout_of(roles: Roles, config: Any, *, seed: int = 0) -> Rollout:
+    return sample(
         roles.actor_critic.policy,
         PROMPTS,
         Decoding(8, temperature=config.temperature),
@@ -77,8 +83,6 @@ def experience_of(roles: Roles, config: Any, *, seed: int = 0, kl_coef: float = 
         pad_token_id=PAD,
         uniforms=draw_uniforms(6, 8, seed),
     )
-    scores = torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0, -2.0])
-    return build_experience(roles, rollout, scores, config=config, kl_coef=kl_coef)
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -110,6 +114,45 @@ def run_of(folder: Path, runs: Path, reward: Any = None, **more: Any) -> PPORun:
     roles = roles_of(config)
     codec = TextCodec(word_tokenizer(), style="plain")
     return PPORun(config, codec, roles, reward or Share(), RECORDS, stage)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"minibatches": 2, "adapter": "lora"},
+        {"minibatches": 4, "epochs": 1},
+        {"critic_trunk": "policy"},
+        {"whiten_rewards": True, "entropy_coef": 0.1, "family": "gpt2"},
+        {"algo": "rloo", "rollouts_per_prompt": 2},
+        {"gradient_checkpointing": True, "adapter": "lora"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kept_tokens", [0, 40, 1000])
+def test_the_first_step_has_the_numbers_of_one_whose_passes_were_made_before(
+    folder: Path, kept_tokens: int, more: dict[str, Any]
+) -> None:
+    config = settings(folder, **more)
+    found = []
+    for shared in (False, True):
+        roles = roles_of(config, micro_batch_size=2, workers=2, kept_tokens=kept_tokens)
+        rollout, scores = rollout_of(roles, config), torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0, -2.0])
+        learner = Learner(roles.actor_critic, roles.engine, config)
+        first = learner.first_step(rollout, step=1) if shared else None
+        experience = build_experience(roles, rollout, scores, config=config, kl_coef=0.1, first=first)
+        if first is not None:
+            tokens = [each.tokens.numel() for each in first.passes.rollouts[: first.passes.num_first]]
+            assert len(first.kept) == sum(sum(tokens[: i + 1]) <= kept_tokens for i in range(len(tokens)))
+        metrics = learner.update(experience, step=1, first=first)
+        assert first is None or not first.kept, "graphs are held after their use"
+        found.append((metrics, experience, weights(roles.actor_critic)))
+    (expected, old, weights_before), (metrics, new, weights_after) = found
+    assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
+        torch.testing.assert_close(getattr(new, name), getattr(old, name), rtol=1e-5, atol=1e-5)
+    for name, weight in weights_before.items():
+        torch.testing.assert_close(weights_after[name], weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
@@ -144,7 +187,7 @@ def test_every_episode_is_learned_from_once_an_epoch(folder: Path, monkeypatch: 
     learner = Learner(roles.actor_critic, roles.engine, config)
     seen: list[list[float]] = []
 
-    def record(batch: Experience, texts: Rollout | None) -> dict[str, float]:
+    def record(batch: Experience, *_: Any) -> dict[str, float]:
         seen.append(batch.scores.tolist())
         return {"ratio": 1.0, "approx_kl": 0.0}
 

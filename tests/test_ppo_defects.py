@@ -99,9 +99,9 @@ def test_whitening_is_over_the_whole_batch_not_pieces(folder: Path, monkeypatch:
     learned: list[Tensor] = []
     policy_terms = Learner.policy_terms
 
-    def record(learner: Learner, piece: Any, *, denominator: Tensor) -> Tensor:
+    def record(learner: Learner, logprobs: Tensor, entropies: Tensor, piece: Any, **more: Any) -> Tensor:
         learned.append(piece.advantages[piece.rollout.response_mask])
-        return policy_terms(learner, piece, denominator=denominator)
+        return policy_terms(learner, logprobs, entropies, piece, **more)
 
     monkeypatch.setattr(Learner, "policy_terms", record)
     monkeypatch.setattr("rlhf.ppo.policy_loss", noted(learned))
@@ -166,9 +166,9 @@ def test_the_last_batch_steps_once_however_many_micro_batches_it_has(
     events: list[Any] = []
     policy_terms = learner.policy_terms
 
-    def record(piece: Any, *, denominator: Tensor) -> Tensor:
+    def record(logprobs: Tensor, entropies: Tensor, piece: Any, **more: Any) -> Tensor:
         events.append(len(piece.scores))
-        return policy_terms(piece, denominator=denominator)
+        return policy_terms(logprobs, entropies, piece, **more)
 
     monkeypatch.setattr(learner, "policy_terms", record)
     learner.optimizer.register_step_post_hook(lambda *_: events.append("step"))

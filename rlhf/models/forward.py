@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.batches import Rollout
+from rlhf.models import llama
 from rlhf.models.loading import head, logits_of, trunk
 from rlhf.numerics.logprobs import entropy, token_logprobs
 from rlhf.numerics.masked import last_true_index
@@ -27,8 +28,11 @@ def states_at(model: Any, tokens: Tensor, attention_mask: Tensor, rows: Tensor, 
     shift = attention_mask.int().argmax(1)
     width = int(attention_mask.sum(1).max())
     index = (shift.unsqueeze(1) + torch.arange(width, device=tokens.device)).clamp(max=tokens.shape[1] - 1)
-    hidden = trunk(model)(input_ids=tokens.gather(1, index), use_cache=False).last_hidden_state
-    return hidden[rows, columns - shift[rows]]
+    tokens, inner = tokens.gather(1, index), trunk(model)
+    hidden = llama.hidden_states(inner, tokens)
+    if hidden is not None:
+        return inner.norm(hidden[rows, columns - shift[rows]])
+    return inner(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns - shift[rows]]
 
 
 def response_logprobs(model: Any, rollout: Rollout, *, temperature: float) -> Tensor:

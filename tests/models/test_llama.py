@@ -1,0 +1,123 @@
+"""The layers of Llama and its like compute what transformers' own do."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.config import load_config
+from rlhf.engine import Engine
+from rlhf.models import llama
+from rlhf.models.adapters import acting, add_lora, trainable_parameters
+from rlhf.models.loading import trunk
+from rlhf.models.packed import packed
+from tests.models.families import FAMILIES, load, write_family
+
+TOKENS = torch.tensor([[1, 5, 9, 30, 13, 44], [8, 17, 9, 9, 21, 2]])  # as long as Mistral's window
+SERVED = ("llama", "qwen2", "qwen3", "mistral")
+
+
+def stir(model: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def model_of(folder: Path, family: str, adapter: str = "none", rank: int = 2, seed: int = 0) -> Any:
+    write_family(folder, family)
+    torch.manual_seed(seed)  # an adapter's first matrices are random
+    model = load(folder, family)
+    if adapter == "lora":
+        config = load_config("ppo", ["model=tiny", "data=toy", "adapter=lora", f"adapter.r={rank}"])
+        model = add_lora(model, config.adapter, task="CAUSAL_LM")
+    stir(model)
+    return model
+
+
+def theirs(model: Any, tokens: Tensor) -> Tensor:
+    return trunk(model)(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+def ours(model: Any, tokens: Tensor) -> Tensor:
+    found = llama.hidden_states(trunk(model), tokens)
+    assert found is not None
+    return trunk(model).norm(found)
+
+
+def outputs_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
+    weight = torch.linspace(-1, 1, states.numel()).view(states.shape)
+    gradients = torch.autograd.grad((states * weight).sum(), trainable_parameters(model), allow_unused=True)
+    return [states.detach(), *(each for each in gradients if each is not None)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("adapter", "rank"), [("none", 0), ("lora", 2), ("lora", 16)])
+@pytest.mark.parametrize("family", SERVED)
+def test_states_and_gradients_are_those_of_transformers(
+    tmp_path: Path, family: str, adapter: str, rank: int, checkpointing: bool
+) -> None:
+    model = model_of(tmp_path, family, adapter, rank)
+    expected = outputs_and_gradients(model, theirs(model, TOKENS))
+    if checkpointing:
+        model.train()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = outputs_and_gradients(model, ours(model, TOKENS))
+    assert len(found) == len(expected) > 10
+    for one, two in zip(found, expected, strict=True):
+        assert (one - two).norm() <= 3e-5 * two.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_in_bfloat16_they_are_as_near_to_the_truth(tmp_path: Path, family: str) -> None:
+    errors = torch.zeros(2, 2)
+    for seed in range(4):
+        model = model_of(tmp_path, family, "lora", seed=seed)
+        for parameter in model.parameters():
+            parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
+        exact_model = copy.deepcopy(model).float()
+        exact = outputs_and_gradients(exact_model, theirs(exact_model, TOKENS))
+        for column, states in enumerate((ours, theirs)):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = states(model, TOKENS).float()
+            pairs = list(zip(outputs_and_gradients(model, found), exact, strict=True))
+            for row, part in enumerate((pairs[:1], pairs[1:])):
+                wrong, right = (
+                    torch.cat([each.flatten() for each in some]) for some in zip(*part, strict=True)
+                )
+                errors[row, column] += (wrong - right).norm() / right.norm()
+    assert errors.min() > 0 and (errors[:, 0] < 1.3 * errors[:, 1]).all(), errors
+
+
+def test_an_adapter_that_does_not_act_changes_nothing(tmp_path: Path) -> None:
+    model = model_of(tmp_path, "llama", "lora")
+    base = load(tmp_path, "llama")
+    with torch.no_grad():
+        adapted = ours(model, TOKENS)
+        with acting(model, None):
+            assert ours(model, TOKENS).equal(ours(base, TOKENS))
+    assert not adapted.allclose(ours(base, TOKENS))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SERVED])
+def test_other_families_are_left_to_transformers(tmp_path: Path, family: str) -> None:
+    assert llama.hidden_states(trunk(model_of(tmp_path, family)), TOKENS) is None
+
+
+def test_whatever_is_not_computed_here_is_left_to_transformers(tmp_path: Path) -> None:
+    longer = torch.cat([TOKENS, TOKENS], dim=1)
+    window = trunk(model_of(tmp_path, "mistral"))
+    assert llama.hidden_states(window, TOKENS) is not None
+    assert llama.hidden_states(window, longer) is None, "a sliding window"
+    model = trunk(model_of(tmp_path, "llama"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert llama.hidden_states(model, TOKENS) is None, "trained weights that autocast rounds"
+    with packed(model.bfloat16(), Engine(torch.device("cpu"), torch.bfloat16)):
+        assert llama.hidden_states(model, TOKENS) is None, "weights laid out for sampling"
+    assert llama.hidden_states(model.train(), TOKENS) is not None
+    model.config.attention_dropout = 0.1
+    assert llama.hidden_states(model, TOKENS) is None, "dropout of attention weights"
