@@ -20,7 +20,8 @@ from rlhf.numerics.masked import last_true_index
 
 
 def states_at(model: Any, tokens: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Last hidden states (N, H) at N positions (rows, columns) of tokens (B, L), padded on either side.
+    """Last hidden states (N, H) at N positions (rows, columns), row after row, of tokens (B, L) padded on
+    either side.
 
     The rows are shifted to the left, so that all padding stands behind them: causal attention then keeps it
     out without a mask, positions count real tokens only, and the pass is as wide as the longest row needs.
@@ -28,11 +29,11 @@ def states_at(model: Any, tokens: Tensor, attention_mask: Tensor, rows: Tensor, 
     shift = attention_mask.int().argmax(1)
     width = int(attention_mask.sum(1).max())
     index = (shift.unsqueeze(1) + torch.arange(width, device=tokens.device)).clamp(max=tokens.shape[1] - 1)
-    tokens, inner = tokens.gather(1, index), trunk(model)
-    hidden = llama.hidden_states(inner, tokens)
+    tokens, columns, inner = tokens.gather(1, index), columns - shift[rows], trunk(model)
+    hidden = llama.hidden_states(inner, tokens, rows, columns)
     if hidden is not None:
-        return inner.norm(hidden[rows, columns - shift[rows]])
-    return inner(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns - shift[rows]]
+        return inner.norm(hidden)
+    return inner(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns]
 
 
 def response_logprobs(model: Any, rollout: Rollout, *, temperature: float) -> Tensor:

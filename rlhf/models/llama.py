@@ -6,55 +6,90 @@ ten passes over memory for a norm. The sums are the same. B sequences, L tokens,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaModel, MistralModel, Qwen2Model, Qwen3Model
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import rotate_half
 
+from rlhf.models import attention
 from rlhf.models.lora import in_type_of_products, parts_of
 from rlhf.models.products import GATE, PLAIN, Parts, RmsNorm, products
 
 MODELS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 NUM_MATRICES = 7  # of a layer
+MASKED = ("sdpa", attention.NAME)  # the kernels that take any mask
 
 
-def hidden_states(model: Any, tokens: Tensor) -> Tensor | None:
-    """Hidden states (B, L, H) before the last norm, of tokens (B, L) with no padding before others; None
-    where the model asks for anything that is not computed here.
+def hidden_states(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
+    """Hidden states (N, H) before the last norm at N positions, row after row, of tokens (B, L) with no
+    padding before others; None where the model asks for anything that is not computed here.
     """
     layers = _layers(model, tokens.shape[1])
     if layers is None:
         return None
     x = model.embed_tokens(tokens)
-    positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-    rotations = model.rotary_emb(x, positions)
-    attend = AttentionInterface()[model.config._attn_implementation]
-    for layer, parts in zip(model.layers, layers, strict=True):
+    rotations = model.rotary_emb(x, torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0))
+    wanted = _Wanted(rows, columns, tokens.shape) if model.config._attn_implementation in MASKED else None
+    for index, (layer, parts) in enumerate(zip(model.layers, layers, strict=True)):
+        step = functools.partial(_next, layer=layer, parts=parts, rotations=rotations)
+        if index == len(layers) - 1 and wanted is not None:
+            step = functools.partial(step, wanted=wanted)
         if layer.training and layer.gradient_checkpointing:
-            x = checkpoint(_next, x, layer, parts, rotations, attend, use_reentrant=False)
+            x = checkpoint(step, x, use_reentrant=False)
         else:
-            x = _next(x, layer, parts, rotations, attend)
-    return x
+            x = step(x)
+    return x[rows, columns] if wanted is None else x
+
+
+class _Wanted:
+    """Positions of tokens (B, L) whose states alone are asked for, beside one another as queries (B, Q)."""
+
+    def __init__(self, rows: Tensor, columns: Tensor, shape: torch.Size) -> None:
+        self.index = (rows, columns)
+        counts = torch.bincount(rows, minlength=shape[0])
+        places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        self.slots = (rows, places)
+        self.shape = (shape[0], int(counts.max()))
+        last_keys = rows.new_zeros(self.shape).index_put(self.slots, columns)
+        keys = torch.arange(shape[1], device=rows.device)
+        self.mask = (keys <= last_keys.unsqueeze(-1)).unsqueeze(1)  # (B, 1, Q, L)
 
 
 def _next(
-    x: Tensor, layer: Any, parts: list[Parts], rotations: tuple[Tensor, Tensor], attend: Callable[..., Any]
+    x: Tensor, layer: Any, parts: list[Parts], rotations: tuple[Tensor, Tensor], wanted: _Wanted | None = None
 ) -> Tensor:
-    """The hidden states (B, L, H) after a layer, from those before it."""
-    attention, (query, key, value, output, gate, up, down) = layer.self_attn, parts
-    projected = products(*_normed(layer.input_layernorm, x), [query, key, value])
-    q, k, v = (each.unflatten(-1, (-1, attention.head_dim)) for each in projected)
-    if hasattr(attention, "q_norm"):
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *rotations)
-    found, _ = attend(attention, q, k, v.transpose(1, 2), None, dropout=0.0, scaling=attention.scaling)
-    x = x + products(PLAIN, [found.flatten(2)], [output])[0]
+    """The hidden states (B, L, H) after a layer, from those before it; (N, H) where some alone are wanted."""
+    own, (query, key, value, output, gate, up, down) = layer.self_attn, parts
+    norm, states, turns, mask = layer.input_layernorm, x, rotations, None
+    if wanted is None:
+        q, k, v = products(*_normed(norm, x), [query, key, value])
+    else:
+        states, mask = x[wanted.index], wanted.mask
+        turns = (rotations[0][0, wanted.index[1]], rotations[1][0, wanted.index[1]])
+        [q], (k, v) = products(*_normed(norm, states), [query]), products(*_normed(norm, x), [key, value])
+    q, k, v = (each.unflatten(-1, (-1, own.head_dim)) for each in (q, k, v))
+    if hasattr(own, "q_norm"):
+        q, k = own.q_norm(q), own.k_norm(k)
+    q, k = _rotated(q, *turns), _rotated(k, *rotations)
+    if wanted is not None:
+        q = q.new_zeros(*wanted.shape, *q.shape[1:]).index_put(wanted.slots, q)
+    attend = AttentionInterface()[own.config._attn_implementation]
+    heads = [each.transpose(1, 2) for each in (q, k, v)]
+    found, _ = attend(own, *heads, mask, dropout=0.0, scaling=own.scaling)
+    found = (found if wanted is None else found[wanted.slots]).flatten(-2)
+    x = states + products(PLAIN, [found], [output])[0]
     gated = products(*_normed(layer.post_attention_layernorm, x), [gate, up])
     return x + products(GATE, gated, [down])[0]
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions: x (..., heads, D), cosines and sines (..., D). Su et al. 2021, arXiv:2104.09864"""
+    return x * cosines.unsqueeze(-2) + rotate_half(x) * sines.unsqueeze(-2)
 
 
 def _normed(norm: Any, x: Tensor) -> tuple[RmsNorm, list[Tensor]]:

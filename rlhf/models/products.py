@@ -51,8 +51,12 @@ class Plain:
         """x (N, I)."""
         return x
 
-    def backward(self, grad: Tensor, x: Tensor) -> list[Tensor | None]:
-        """The gradient itself."""
+    def again(self, x: Tensor) -> list[Tensor]:
+        """What `forward` gave, in the backward pass, and what else that has use for."""
+        return [x]
+
+    def backward(self, grad: Tensor, steps: list[Tensor], x: Tensor) -> list[Tensor | None]:
+        """The gradients of the inputs, from that of the output and what `again` gave."""
         return [grad]
 
 
@@ -66,15 +70,20 @@ class RmsNorm:
         """x (N, I), weight (I,) -> (N, I)."""
         return functional.rms_norm(x, weight.shape, weight, self.epsilon)
 
-    def backward(self, grad: Tensor, x: Tensor, weight: Tensor) -> list[Tensor | None]:
-        """The gradients of x and weight, computed in float32."""
+    def again(self, x: Tensor, weight: Tensor) -> list[Tensor]:
+        """The output, x / norm in float32, and 1 / norm (N, 1)."""
         exact = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact)
         scale = norm.square_().div_(x.shape[1]).add_(self.epsilon).rsqrt_()
         unit = x * scale
-        inner = grad * weight
-        mean = torch.linalg.vecdot(inner.to(exact), unit).div_(x.shape[1]).unsqueeze(1)
-        grad_x = torch.addcmul(inner.to(exact), unit, mean, value=-1).mul_(scale).to(x.dtype)
+        return [unit.to(x.dtype) * weight, unit, scale]
+
+    def backward(self, grad: Tensor, steps: list[Tensor], x: Tensor, weight: Tensor) -> list[Tensor | None]:
+        """The gradients of x, computed in float32, and of weight."""
+        _, unit, scale = steps
+        inner = (grad * weight).to(unit.dtype)
+        mean = torch.linalg.vecdot(inner, unit).div_(x.shape[1]).unsqueeze(1)
+        grad_x = torch.addcmul(inner, unit, mean, value=-1).mul_(scale).to(x.dtype)
         return [grad_x, (grad * unit).sum(0).to(weight.dtype) if weight.requires_grad else None]
 
 
@@ -85,9 +94,14 @@ class Gate:
         """(N, I), (N, I) -> (N, I)."""
         return functional.silu(gate).mul_(up)
 
-    def backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> list[Tensor | None]:
+    def again(self, gate: Tensor, up: Tensor) -> list[Tensor]:
+        """The output, and silu(gate)."""
+        opened = functional.silu(gate)
+        return [opened * up, opened]
+
+    def backward(self, grad: Tensor, steps: list[Tensor], gate: Tensor, up: Tensor) -> list[Tensor | None]:
         """The gradients of gate and up."""
-        return [torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate).mul_(grad)]
+        return [torch.ops.aten.silu_backward(grad * up, gate), steps[1].mul_(grad)]
 
 
 PLAIN, GATE = Plain(), Gate()
@@ -130,14 +144,13 @@ class _Products(torch.autograd.Function):
         layers = _layers(saved[ctx.num_inputs : -len(grads)], ctx.scalings)
         folded = [layer.folded() for layer in layers]
         low = [None if each.b is None else g @ each.scaled_b() for g, each in zip(grads, folded, strict=True)]
-        of_inputs: list[Tensor | None] = [None] * len(inputs)
+        steps, of_inputs = ctx.before.again(*inputs), [None] * len(inputs)
         if any(ctx.needs_input_grad[3 : 3 + len(inputs)]):
-            of_inputs = ctx.before.backward(_input_gradient(grads, low, folded), *inputs)
-        x = ctx.before.forward(*inputs)
+            of_inputs = ctx.before.backward(_input_gradient(grads, low, folded), steps, *inputs)
         of_weights = [
             gradient
             for layer, grad, *rest in zip(layers, grads, hidden, low, strict=True)
-            for gradient in _weight_gradients(layer, grad, x, *rest)
+            for gradient in _weight_gradients(layer, grad, steps[0], *rest)
         ]
         return None, None, None, *of_inputs, *of_weights
 

@@ -38,12 +38,19 @@ def model_of(folder: Path, family: str, adapter: str = "none", rank: int = 2, se
     return model
 
 
+ROWS, COLUMNS = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 4, 5, 3])
+
+
 def theirs(model: Any, tokens: Tensor) -> Tensor:
-    return trunk(model)(input_ids=tokens, use_cache=False).last_hidden_state
+    return trunk(model)(input_ids=tokens, use_cache=False).last_hidden_state[ROWS, COLUMNS]
+
+
+def states_of(model: Any, tokens: Tensor = TOKENS) -> Tensor | None:
+    return llama.hidden_states(model, tokens, ROWS, COLUMNS)
 
 
 def ours(model: Any, tokens: Tensor) -> Tensor:
-    found = llama.hidden_states(trunk(model), tokens)
+    found = states_of(trunk(model), tokens)
     assert found is not None
     return trunk(model).norm(found)
 
@@ -75,7 +82,7 @@ def test_states_and_gradients_are_those_of_transformers(
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_in_bfloat16_they_are_as_near_to_the_truth(tmp_path: Path, family: str) -> None:
     errors = torch.zeros(2, 2)
-    for seed in range(4):
+    for seed in range(6):
         model = model_of(tmp_path, family, "lora", seed=seed)
         for parameter in model.parameters():
             parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
@@ -90,7 +97,7 @@ def test_in_bfloat16_they_are_as_near_to_the_truth(tmp_path: Path, family: str) 
                     torch.cat([each.flatten() for each in some]) for some in zip(*part, strict=True)
                 )
                 errors[row, column] += (wrong - right).norm() / right.norm()
-    assert errors.min() > 0 and (errors[:, 0] < 1.3 * errors[:, 1]).all(), errors
+    assert errors.min() > 0 and (errors[:, 0] < 1.5 * errors[:, 1]).all(), errors
 
 
 def test_an_adapter_that_does_not_act_changes_nothing(tmp_path: Path) -> None:
@@ -105,19 +112,19 @@ def test_an_adapter_that_does_not_act_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SERVED])
 def test_other_families_are_left_to_transformers(tmp_path: Path, family: str) -> None:
-    assert llama.hidden_states(trunk(model_of(tmp_path, family)), TOKENS) is None
+    assert states_of(trunk(model_of(tmp_path, family))) is None
 
 
 def test_whatever_is_not_computed_here_is_left_to_transformers(tmp_path: Path) -> None:
     longer = torch.cat([TOKENS, TOKENS], dim=1)
     window = trunk(model_of(tmp_path, "mistral"))
-    assert llama.hidden_states(window, TOKENS) is not None
-    assert llama.hidden_states(window, longer) is None, "a sliding window"
+    assert states_of(window) is not None
+    assert states_of(window, longer) is None, "a sliding window"
     model = trunk(model_of(tmp_path, "llama"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert llama.hidden_states(model, TOKENS) is None, "trained weights that autocast rounds"
+        assert states_of(model) is None, "trained weights that autocast rounds"
     with packed(model.bfloat16(), Engine(torch.device("cpu"), torch.bfloat16)):
-        assert llama.hidden_states(model, TOKENS) is None, "weights laid out for sampling"
-    assert llama.hidden_states(model.train(), TOKENS) is not None
+        assert states_of(model) is None, "weights laid out for sampling"
+    assert states_of(model.train()) is not None
     model.config.attention_dropout = 0.1
-    assert llama.hidden_states(model, TOKENS) is None, "dropout of attention weights"
+    assert states_of(model) is None, "dropout of attention weights"
