@@ -130,9 +130,12 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
         scores = torch.tensor(clock.run("score", reward.score_tokens, rollout.sequences()))
         coef = config.kl.coef
         first = learner.first_step(rollout, step=step)
+        learned = clock.seconds["learn"]
+        vars(first)["values"] = functools.partial(clock.run, "learn", first.values)
         experience = clock.run(
             "experience", build_experience, roles, rollout, scores, config=config, kl_coef=coef, first=first
         )
+        clock.seconds["experience"] -= clock.seconds["learn"] - learned  # the critic learned meanwhile
         clock.run("learn", learner.update, experience, step=step, first=first)
         tokens += int(rollout.attention_mask.sum())
         memory.append(held_memory(spec["engine"]["device"]) / 2**30)
@@ -141,9 +144,9 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "episodes_per_s": spec["updates"] * config.batch_size / whole,
         "seconds": {**seconds, "other": whole - sum(seconds.values())},
-        "flops": _rates(roles, spec, tokens, seconds),
+        "flops": _rates(roles, spec, tokens, seconds, first.kept_share()),
         "tokens_per_s": {
-            "score": tokens * 4 / (seconds["score"] + seconds["experience"]),
+            "score": tokens * 3 / (seconds["score"] + seconds["experience"]),
             "learn": tokens * 2 * config.epochs / seconds["learn"],
         },
         "one_trunk": roles.actor_critic.policy is roles.actor_critic.critic,
@@ -195,11 +198,14 @@ def passes(spec: dict[str, Any]) -> dict[str, Any]:
     return {"fits": True, "tokens_per_s": rate, "peak_memory_gib": peak, "memory_gib": room}
 
 
-def _rates(roles: Roles, spec: dict[str, Any], tokens: int, seconds: dict[str, float]) -> dict[str, float]:
+def _rates(
+    roles: Roles, spec: dict[str, Any], tokens: int, seconds: dict[str, float], kept: float
+) -> dict[str, float]:
     """Floating-point operations a second of each phase.
 
     Each weight and token takes 2 forward, 2 more for the gradient of the input, 2 more for that of a trained
-    weight. Attention, adapters and the optimizer are not counted.
+    weight. Attention, adapters and the optimizer are not counted. `kept`: the share of an update's tokens
+    whose first forward pass of the policy, in `experience`, serves `learn` too.
     """
     policy = roles.actor_critic.policy
     layers = sum(_weights(module) for name, module in trunk(policy).named_modules() if "lora_" not in name)
@@ -209,8 +215,9 @@ def _rates(roles: Roles, spec: dict[str, Any], tokens: int, seconds: dict[str, f
     work = {
         "sample": 2 * layers * tokens + 2 * head * answered,
         "score": 2 * layers * tokens,
-        "experience": 6 * layers * tokens + 4 * head * answered,
-        "learn": backward * spec["epochs"] * (4 * layers * tokens + 2 * head * answered),
+        "experience": 4 * layers * tokens + 4 * head * answered,
+        "learn": backward * spec["epochs"] * (4 * layers * tokens + 2 * head * answered)
+        - kept * (2 * layers * tokens + 2 * head * answered),
     }
     rates = {name: work[name] / seconds[name] for name in PHASES}
     return {**rates, "whole": sum(work.values()) / sum(seconds.values())}

@@ -30,7 +30,7 @@ TOKENS_PER_PASS_SMALL_MODEL = 4096
 TOKENS_PER_PASS_GPU = 16384
 
 # Tokens of passes whose activations a processor holds so as not to compute them twice.
-KEPT_TOKENS = 3072
+KEPT_TOKENS = 1536
 KEPT_TOKENS_SMALL_MODEL = 16384
 
 # Passes that a processor computes side by side where nothing else is said: with full weights each of them

@@ -161,6 +161,11 @@ class FirstStep:
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.value_loss = 0.0
 
+    def kept_share(self) -> float:
+        """The share of the first step's tokens whose passes are kept."""
+        sizes = [each.tokens.numel() for each in self.passes.rollouts[: self.passes.num_first]]
+        return sum(sizes[: self.num_kept]) / sum(sizes)
+
     def keeps(self, number: int) -> bool:
         """Whether the graph of the policy's pass is kept."""
         return number < self.num_kept
