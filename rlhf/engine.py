@@ -29,8 +29,10 @@ TOKENS_PER_PASS_FULL_WEIGHTS = 1280
 TOKENS_PER_PASS_SMALL_MODEL = 4096
 TOKENS_PER_PASS_GPU = 16384
 
-# Tokens of passes whose activations a processor holds so as not to compute them twice.
+# Tokens of passes whose activations a processor holds so as not to compute them twice. Twice as many for full
+# weights, whose passes are longer and hold much memory anyway.
 KEPT_TOKENS = 1536
+KEPT_TOKENS_FULL_WEIGHTS = 3072
 KEPT_TOKENS_SMALL_MODEL = 16384
 
 # Passes that a processor computes side by side where nothing else is said: with full weights each of them
@@ -138,7 +140,7 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
     tokens_per_pass, kept_tokens = TOKENS_PER_PASS_GPU, 0
     if on_processor:
         tokens_per_pass = TOKENS_PER_PASS_FULL_WEIGHTS if full_weights else TOKENS_PER_PASS
-        kept_tokens = KEPT_TOKENS
+        kept_tokens = KEPT_TOKENS_FULL_WEIGHTS if full_weights else KEPT_TOKENS
         if num_parameters < SMALL_MODEL:
             tokens_per_pass, kept_tokens = TOKENS_PER_PASS_SMALL_MODEL, KEPT_TOKENS_SMALL_MODEL
     return Engine(

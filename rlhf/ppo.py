@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf.batches import Experience, Rollout, join, left_pad
 from rlhf.engine import Engine
-from rlhf.models.roles import ActorCritic, Roles
+from rlhf.models.roles import ActorCritic, Reference, Roles
 from rlhf.numerics.advantages import gae, leave_one_out, shaped_rewards
 from rlhf.numerics.kl import k1
 from rlhf.numerics.losses import policy_loss, value_loss
@@ -102,15 +102,13 @@ def policy_and_reference(
     """Log-probs (B, R) of a rollout under the policy and under the reference."""
     passes = Passes(rollout, roles.engine) if first is None else first.passes
 
-    def policy(number: int) -> Tensor:
-        if first is not None and first.keeps(number):
-            return first.logprobs(number)
-        return roles.actor_critic.logprobs(passes.rollouts[number], temperature=temperature)
+    def logprobs(model: ActorCritic | Reference, number: int) -> Tensor:
+        return model.logprobs(passes.rollouts[number], temperature=temperature)
 
+    policy = functools.partial(logprobs, roles.actor_critic) if first is None else first.logprobs
     old = passes.table(policy)
     with roles.reference.acting():
-        reference = roles.reference.logprobs
-        return old, passes.table(lambda number: reference(passes.rollouts[number], temperature=temperature))
+        return old, passes.table(functools.partial(logprobs, roles.reference))
 
 
 class Passes:
@@ -156,8 +154,11 @@ class FirstStep:
         self.passes = Passes(rollout, learner.engine, rows)
         self.num_tokens = rollout.response_mask[rows].sum()
         sizes = [each.tokens.numel() for each in self.passes.rollouts[: self.passes.num_first]]
-        room = learner.engine.kept_tokens * learner.engine.processes.count
+        engine, shares = learner.engine, learner.engine.workers * learner.engine.processes.count
+        room = engine.kept_tokens * engine.processes.count
         self.num_kept = sum(total <= room for total in itertools.accumulate(sizes))
+        if self.num_kept < len(sizes):
+            self.num_kept -= self.num_kept % shares  # as many for each worker
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.value_loss = 0.0
 
@@ -166,15 +167,17 @@ class FirstStep:
         sizes = [each.tokens.numel() for each in self.passes.rollouts[: self.passes.num_first]]
         return sum(sizes[: self.num_kept]) / sum(sizes)
 
-    def keeps(self, number: int) -> bool:
-        """Whether the graph of the policy's pass is kept."""
-        return number < self.num_kept
-
     @torch.enable_grad()
     def logprobs(self, number: int) -> Tensor:
-        """The policy's log-probs of a pass whose graph is kept."""
-        self.kept[number] = self.learner.policy_outputs(self.passes.rollouts[number])
-        return self.kept[number][0].detach()
+        """The policy's log-probs of a pass.
+
+        All passes have graphs, kept or not: autocast shares the weights that it rounds among them, and under
+        earlier versions of torch one without a graph left the others without gradients.
+        """
+        outputs = self.learner.policy_outputs(self.passes.rollouts[number])
+        if number < self.num_kept:
+            self.kept[number] = outputs
+        return outputs[0].detach()
 
     def values(self, rewards: Tensor) -> Tensor:
         """The critic's values (B, R), asked for while it acts; its gradients are summed up meanwhile."""
