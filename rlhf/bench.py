@@ -31,6 +31,7 @@ from rlhf.engine import (
     peak_memory,
     seed_everything,
 )
+from rlhf.experience import build_experience
 from rlhf.files import hash_path
 from rlhf.models.adapters import add_lora, merged_copy
 from rlhf.models.loading import (
@@ -43,7 +44,7 @@ from rlhf.models.loading import (
     trunk,
 )
 from rlhf.models.roles import Roles, build_roles
-from rlhf.ppo import Learner, build_experience
+from rlhf.ppo import Learner
 from rlhf.ppo_run import build_reward
 from rlhf.sampling.policy import ready_to_sample
 from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
@@ -133,7 +134,7 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
         learned = clock.seconds["learn"]
         vars(first)["values"] = functools.partial(clock.run, "learn", first.values)
         experience = clock.run(
-            "experience", build_experience, roles, rollout, scores, config=config, kl_coef=coef, first=first
+            "experience", build_experience, roles, rollout, scores, config=config, kl_coef=coef, passes=first
         )
         clock.seconds["experience"] -= clock.seconds["learn"] - learned  # the critic learned meanwhile
         clock.run("learn", learner.update, experience, step=step, first=first)

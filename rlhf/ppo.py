@@ -11,21 +11,19 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.batches import Experience, Rollout, join, left_pad
+from rlhf.batches import Experience, Rollout
 from rlhf.engine import Engine
-from rlhf.models.roles import ActorCritic, Reference, Roles
-from rlhf.numerics.advantages import gae, leave_one_out, shaped_rewards
-from rlhf.numerics.kl import k1
+from rlhf.experience import Passes
+from rlhf.models.roles import ActorCritic
+from rlhf.numerics.advantages import gae
 from rlhf.numerics.losses import policy_loss, value_loss
-from rlhf.numerics.masked import masked_mean, masked_sum, whiten, zero_rest
-from rlhf.schemas import Demonstration
-from rlhf.text import TextCodec
+from rlhf.numerics.masked import masked_mean
+from rlhf.pretraining_mix import PretrainingMix
 from rlhf.training_state import permutation
 
 ADAM_EPSILON = 1e-5
@@ -34,113 +32,7 @@ ADAM_EPSILON = 1e-5
 POLICY_TERMS = ("policy_loss", "entropy", "ratio", "approx_kl", "clip_fraction")
 
 
-@dataclass(frozen=True)
-class MissingEos:
-    """What happens to the score of a response without EOS: `score` replaces it; where that is None, `penalty`
-    is taken off.
-    """
-
-    score: float | None
-    penalty: float
-
-
-def final_scores(scores: Tensor, rollout: Rollout, eos_token_id: int, missing: MissingEos) -> Tensor:
-    """Scores (B,) with the rule for responses without EOS applied, after any normalisation of the model's
-    score.
-    """
-    lengths = rollout.response_mask.sum(1, keepdim=True)
-    ended = rollout.response_tokens.gather(1, lengths - 1).squeeze(1) == eos_token_id
-    scores = scores.to(ended.device)
-    instead = scores - missing.penalty if missing.score is None else torch.full_like(scores, missing.score)
-    return torch.where(ended, scores, instead)
-
-
-@torch.no_grad()
-def build_experience(  # noqa: PLR0913 (a rollout, its scores, and what they are weighed with)
-    roles: Roles,
-    rollout: Rollout,
-    scores: Tensor,
-    *,
-    config: Any,
-    kl_coef: float,
-    baseline: Tensor | float | None = None,
-    first: FirstStep | None = None,
-) -> Experience:
-    """Score a rollout: old and reference log-probs, values, shaped rewards, advantages and returns.
-
-    Old log-probs come from the learner's own forward pass. Advantages are whitened over the whole batch.
-    `baseline`, of REINFORCE, is a number or one a row (B,); None stands for the batch's mean reward. With
-    `first`, of `Learner.first_step`, the critic's gradients of that step are left behind too.
-    """
-    models, mask = roles.actor_critic, rollout.response_mask
-    old, ref = policy_and_reference(roles, rollout, temperature=config.temperature, first=first)
-    rewards = shaped_rewards(old, ref, scores, mask, kl_coef)
-    if config.whiten_rewards:
-        rewards = whiten(rewards, mask, keep_mean=True)
-    value = torch.zeros_like(old)
-    if models.critic is not None:
-        with models.as_critic():
-            if first is not None:
-                value = first.values(rewards)
-            else:
-                passes = Passes(rollout, roles.engine)
-                value = passes.table(lambda number: models.values(passes.rollouts[number]))
-    if config.algo == "ppo":
-        advantages, returns = gae(rewards, value, mask, gamma=config.gae.gamma, lam=config.gae.lam)
-    else:
-        advantages = _sequence_advantages(rewards.sum(1), mask, config, baseline)
-        returns = advantages + value
-    if config.whiten_advantages:
-        advantages = whiten(advantages, mask)
-    return Experience(rollout, old, ref, value, rewards, advantages, returns, scores)
-
-
-@torch.no_grad()
-def policy_and_reference(
-    roles: Roles, rollout: Rollout, *, temperature: float, first: FirstStep | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-probs (B, R) of a rollout under the policy and under the reference."""
-    passes = Passes(rollout, roles.engine) if first is None else first.passes
-
-    def logprobs(model: ActorCritic | Reference, number: int) -> Tensor:
-        return model.logprobs(passes.rollouts[number], temperature=temperature)
-
-    policy = functools.partial(logprobs, roles.actor_critic) if first is None else first.logprobs
-    old = passes.table(policy)
-    with roles.reference.acting():
-        return old, passes.table(functools.partial(logprobs, roles.reference))
-
-
-class Passes:
-    """A rollout cut into micro-batches. Given the rows of an optimizer step, theirs come first and are cut as
-    that step cuts them; `num_first` counts them.
-    """
-
-    def __init__(self, rollout: Rollout, engine: Engine, first: Tensor | None = None) -> None:
-        lengths, everything = rollout.lengths(), torch.arange(len(rollout.tokens))
-        first = everything[:0] if first is None else first
-        groups = [first, everything[~torch.isin(everything, first)]]
-        cuts = [
-            [group[index] for index in engine.micro_batches([lengths[row] for row in group.tolist()])]
-            for group in groups
-            if len(group)
-        ]
-        self.engine, self.shape, self.device = engine, rollout.response_mask.shape, rollout.tokens.device
-        self.rows = [index for group in cuts for index in group]
-        self.rollouts = [rollout.rows(index) for index in self.rows]
-        self.num_first = len(cuts[0]) if len(first) else 0
-
-    def table(self, function: Callable[[int], Tensor]) -> Tensor:
-        """What `function` says (B, R) of all rows, from what it says of each pass, by its number."""
-        table = torch.zeros(self.shape, device=self.device)
-        with self.engine.autocast():  # around all passes, so that trained weights are rounded once
-            found = self.engine.shared_out(function, range(len(self.rows)))
-        for index, piece in zip(self.rows, found, strict=True):
-            table[index, : piece.shape[1]] = piece
-        return table
-
-
-class FirstStep:
+class FirstStep(Passes):
     """The passes of an update's first optimizer step. No weight has changed until then, so its log-probs and
     values are the old ones of its rows as well, and need no passes of their own.
 
@@ -150,12 +42,14 @@ class FirstStep:
     """
 
     def __init__(self, learner: Learner, rollout: Rollout, rows: Tensor) -> None:
+        super().__init__(
+            rollout, learner.models, learner.engine, temperature=learner.config.temperature, first=rows
+        )
         self.learner = learner
-        self.passes = Passes(rollout, learner.engine, rows)
         self.num_tokens = rollout.response_mask[rows].sum()
-        sizes = [each.tokens.numel() for each in self.passes.rollouts[: self.passes.num_first]]
-        engine, shares = learner.engine, learner.engine.workers * learner.engine.processes.count
-        room = engine.kept_tokens * engine.processes.count
+        sizes = [each.tokens.numel() for each in self.rollouts[: self.num_first]]
+        processes = self.engine.processes.count
+        shares, room = self.engine.workers * processes, self.engine.kept_tokens * processes
         self.num_kept = sum(total <= room for total in itertools.accumulate(sizes))
         if self.num_kept < len(sizes):
             self.num_kept -= self.num_kept % shares  # as many for each worker
@@ -164,7 +58,7 @@ class FirstStep:
 
     def kept_share(self) -> float:
         """The share of the first step's tokens whose passes are kept."""
-        sizes = [each.tokens.numel() for each in self.passes.rollouts[: self.passes.num_first]]
+        sizes = [each.tokens.numel() for each in self.rollouts[: self.num_first]]
         return sum(sizes[: self.num_kept]) / sum(sizes)
 
     @torch.enable_grad()
@@ -174,80 +68,32 @@ class FirstStep:
         All passes have graphs, kept or not: autocast shares the weights that it rounds among them, and under
         earlier versions of torch one without a graph left the others without gradients.
         """
-        outputs = self.learner.policy_outputs(self.passes.rollouts[number])
+        outputs = self.learner.policy_outputs(self.rollouts[number])
         if number < self.num_kept:
             self.kept[number] = outputs
         return outputs[0].detach()
 
     def values(self, rewards: Tensor) -> Tensor:
-        """The critic's values (B, R), asked for while it acts; its gradients are summed up meanwhile."""
+        """The critic's values (B, R); the gradients of the step's own rows are summed up meanwhile."""
         learner, config, found = self.learner, self.learner.config, dict[int, Tensor]()
 
         def terms(number: int) -> Tensor:
-            rollout = self.passes.rollouts[number]
-            values, mask = learner.models.values(rollout), rollout.response_mask
+            rollout = self.rollouts[number]
+            values, mask = self.models.values(rollout), rollout.response_mask
             found[number] = values.detach()
-            own = rewards[self.passes.rows[number], : mask.shape[1]]
+            own = rewards[self.rows[number], : mask.shape[1]]
             _, returns = gae(own, found[number], mask, gamma=config.gae.gamma, lam=config.gae.lam)
             return learner.value_terms(values, found[number], returns, mask, denominator=self.num_tokens)
 
         learner.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            [self.value_loss] = learner.descend(terms, range(self.passes.num_first))
+            [self.value_loss] = learner.descend(terms, range(self.num_first))
 
         def values_of(number: int) -> Tensor:
             own = found.get(number)
-            return learner.models.values(self.passes.rollouts[number]) if own is None else own
+            return self.models.values(self.rollouts[number]) if own is None else own
 
-        return self.passes.table(values_of)
-
-
-def _sequence_advantages(
-    rewards: Tensor, mask: Tensor, config: Any, baseline: Tensor | float | None
-) -> Tensor:
-    """Advantages (B, R) without a critic: a response is one action, whose gain all its tokens share."""
-    if config.algo == "rloo":
-        gains = leave_one_out(rewards, config.rollouts_per_prompt)
-    else:
-        gains = rewards - (rewards.mean() if baseline is None else baseline)
-    return zero_rest(gains.unsqueeze(1).expand(mask.shape), mask)
-
-
-class PretrainingMix:
-    """Texts whose loss is mixed in (PTX). Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 2."""
-
-    def __init__(
-        self,
-        demonstrations: Sequence[Demonstration],
-        codec: TextCodec,
-        device: torch.device,
-        *,
-        max_response_tokens: int,
-    ) -> None:
-        pairs = [
-            (codec.encode_prompt(each.prompt), codec.encode_response(each.response))
-            for each in demonstrations
-        ]
-        fitting = [pair for pair in pairs if len(pair[1]) <= max_response_tokens]
-        if not fitting:
-            raise ValueError(
-                f"ptx_coef: all {len(pairs)} responses of data.demonstrations.train are longer than "
-                f"data.max_response_tokens={max_response_tokens}: raise it, or set ptx_coef=0"
-            )
-        if len(fitting) < len(pairs):
-            print(
-                f"ptx: {len(pairs) - len(fitting)} of {len(pairs)} texts left out, their responses are "
-                f"longer than data.max_response_tokens={max_response_tokens}"
-            )
-        self.prompts, self.responses = zip(*fitting, strict=True)
-        self.pad_token_id, self.device = codec.pad_token_id, device
-
-    def batch(self, size: int, *seed: int) -> Rollout:
-        """`size` texts, chosen by the seeds alone."""
-        order = permutation(len(self.prompts), *seed).tolist()
-        chosen = [order[i % len(order)] for i in range(size)]
-        prompts = left_pad([self.prompts[i] for i in chosen], self.pad_token_id, self.device)
-        return join(prompts, [self.responses[i] for i in chosen], self.pad_token_id)
+        return self.table(values_of)
 
 
 class Learner:
@@ -438,26 +284,3 @@ def check_finite(numbers: dict[str, float], step: int) -> None:
                 f"{name} is {number} at update {step}: the run stops before this changes a weight. Lower "
                 "learning_rate, raise kl.coef, or use engine.dtype=float32; the last checkpoint is good"
             )
-
-
-def experience_metrics(
-    experience: Experience, eos_token_id: int, *, has_critic: bool = True
-) -> dict[str, float]:
-    """What the rollout itself says: score, KL per sequence as trained on, length, share ended, value fit."""
-    mask = experience.rollout.response_mask
-    lengths = mask.sum(1)
-    last = experience.rollout.response_tokens.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
-    found = {
-        "score": float(experience.scores.mean()),
-        "score_std": float(experience.scores.std(correction=0)),
-        "kl": float(masked_sum(k1(experience.logprobs, experience.ref_logprobs), mask) / len(lengths)),
-        "reward": float(masked_sum(experience.rewards, mask) / len(lengths)),
-        "length": float(lengths.float().mean()),
-        "share_ended": float((last == eos_token_id).float().mean()),
-    }
-    if not has_critic:
-        return found
-    errors = experience.returns - experience.values
-    variance = masked_mean((experience.returns - masked_mean(experience.returns, mask)).square(), mask)
-    explained = 1 - masked_mean(errors.square(), mask) / variance.clamp(min=1e-8)
-    return {**found, "explained_variance": float(explained)}

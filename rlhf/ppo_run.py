@@ -19,23 +19,23 @@ from rlhf.batches import Experience, Rollout
 from rlhf.checkpoint import StageFolder
 from rlhf.checks import Check, all_passed, print_checks
 from rlhf.engine import Engine
+from rlhf.experience import (
+    MissingEos,
+    Passes,
+    build_experience,
+    experience_metrics,
+    final_scores,
+    policy_and_reference,
+)
 from rlhf.files import append_text, new_folder
 from rlhf.interrupts import interrupts_held
 from rlhf.metrics import MetricLog, cut_lines_after, progress
 from rlhf.models.roles import Roles
 from rlhf.numerics.kl import AdaptiveKL, FixedKL, k1
 from rlhf.numerics.masked import zero_rest
-from rlhf.ppo import (
-    Learner,
-    MissingEos,
-    PretrainingMix,
-    build_experience,
-    check_finite,
-    experience_metrics,
-    final_scores,
-    policy_and_reference,
-)
+from rlhf.ppo import Learner, check_finite
 from rlhf.ppo_checks import end_checks, start_checks
+from rlhf.pretraining_mix import PretrainingMix
 from rlhf.processes import by_main
 from rlhf.records import Demonstration, PromptRecord
 from rlhf.rewards import RewardModelScorer, build_scorer, score_samples
@@ -173,7 +173,7 @@ class PPORun:
         baseline = self.baseline(records) if config.algo == "reinforce" else None
         first = self.learner.first_step(rollout, step=step)
         experience = build_experience(
-            self.roles, rollout, scores, config=config, kl_coef=self.kl.coef, baseline=baseline, first=first
+            self.roles, rollout, scores, config=config, kl_coef=self.kl.coef, baseline=baseline, passes=first
         )
         has_critic = self.models.critic is not None
         found = experience_metrics(experience, self.codec.eos_token_id, has_critic=has_critic)
@@ -212,7 +212,9 @@ class PPORun:
             records = self.eval_prompts[start : start + self.config.batch_size]
             seed = self.config.seed * 1_000_003 + start
             rollout = self.policy.respond([record.prompt for record in records], self.decoding, seed=seed)
-            old, ref = policy_and_reference(self.roles, rollout, temperature=self.config.temperature)
+            models, temperature = self.roles.actor_critic, self.config.temperature
+            passes = Passes(rollout, models, self.engine, temperature=temperature)
+            old, ref = policy_and_reference(self.roles, passes)
             kl = zero_rest(k1(old, ref), rollout.response_mask).sum(1)
             found.append(torch.stack([self.scores(records, rollout), kl]).cpu())
         score, kl = torch.cat(found, dim=1).mean(1).tolist()

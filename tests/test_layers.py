@@ -40,6 +40,8 @@ LAYERS = {
     "training_state": 2,
     "sft": 3,
     "rm": 3,
+    "experience": 3,
+    "pretraining_mix": 3,
     "ppo": 3,
     "ppo_run": 3,
     "ppo_checks": 3,

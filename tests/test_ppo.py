@@ -19,9 +19,10 @@ from rlhf.batches import Experience, Rollout, join, left_pad
 from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config
 from rlhf.engine import Engine
+from rlhf.experience import MissingEos, build_experience, experience_metrics, final_scores
 from rlhf.models.roles import Roles, build_roles
 from rlhf.numerics.kl import AdaptiveKL
-from rlhf.ppo import Learner, MissingEos, build_experience, experience_metrics, final_scores
+from rlhf.ppo import Learner
 from rlhf.ppo_run import PPORun, build_reward
 from rlhf.records import PromptRecord
 from rlhf.rewards import RewardModelScorer
@@ -140,9 +141,9 @@ def test_the_first_step_has_the_numbers_of_one_whose_passes_were_made_before(
         rollout, scores = rollout_of(roles, config), torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0, -2.0])
         learner = Learner(roles.actor_critic, roles.engine, config)
         first = learner.first_step(rollout, step=1) if shared else None
-        experience = build_experience(roles, rollout, scores, config=config, kl_coef=0.1, first=first)
+        experience = build_experience(roles, rollout, scores, config=config, kl_coef=0.1, passes=first)
         if first is not None:
-            tokens = [each.tokens.numel() for each in first.passes.rollouts[: first.passes.num_first]]
+            tokens = [each.tokens.numel() for each in first.rollouts[: first.num_first]]
             fitting = sum(sum(tokens[: i + 1]) <= kept_tokens for i in range(len(tokens)))
             balanced = fitting if fitting == len(tokens) else fitting - fitting % 2
             assert len(first.kept) == balanced
@@ -175,10 +176,10 @@ def test_in_bfloat16_too_kept_passes_have_all_their_gradients(
         rollout, scores = rollout_of(roles, config), torch.tensor([1.0, -1.0, 0.5, 2.0, 0.0, -2.0])
         learner = Learner(roles.actor_critic, engine, config)
         first = learner.first_step(rollout, step=1)
-        experience = build_experience(roles, rollout, scores, config=config, kl_coef=0.1, first=first)
-        assert 0 <= len(first.kept) < first.passes.num_first
+        experience = build_experience(roles, rollout, scores, config=config, kl_coef=0.1, passes=first)
+        assert 0 <= len(first.kept) < first.num_first
         assert bool(first.kept) == bool(kept_tokens)
-        metrics = learner.minibatch(experience.rows(torch.cat(first.passes.rows)), first=first)
+        metrics = learner.minibatch(experience.rows(torch.cat(first.rows)), first=first)
         assert metrics["policy_grad_norm"] > 0
         gradients = [each.grad for each in roles.actor_critic.policy_parameters() if each.grad is not None]
         found.append(torch.cat([gradient.flatten() for gradient in gradients]))

@@ -33,7 +33,8 @@ from torch.utils._pytree import tree_leaves
 
 from rlhf.batches import join, left_pad
 from rlhf.engine import Engine, seed_everything
-from rlhf.ppo import Learner, build_experience, experience_metrics
+from rlhf.experience import build_experience, experience_metrics
+from rlhf.ppo import Learner
 from rlhf.records import RankedList
 from rlhf.rewards import RewardModelScorer, score_samples
 from rlhf.rm import tokenize

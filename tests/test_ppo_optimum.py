@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf.batches import Rollout, join, left_pad
-from rlhf.ppo import Learner, build_experience
+from rlhf.experience import build_experience
+from rlhf.ppo import Learner
 from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
 from tests.test_ppo import roles_of, settings
 

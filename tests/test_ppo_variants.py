@@ -11,9 +11,11 @@ import torch
 
 from rlhf.config import load_config
 from rlhf.engine import Engine
+from rlhf.experience import build_experience
 from rlhf.models.roles import Roles
 from rlhf.numerics.advantages import leave_one_out
-from rlhf.ppo import Learner, PretrainingMix, build_experience
+from rlhf.ppo import Learner
+from rlhf.pretraining_mix import PretrainingMix
 from rlhf.records import Demonstration
 from rlhf.text import TextCodec
 from tests.models.families import word_tokenizer, write_family

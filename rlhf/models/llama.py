@@ -1,4 +1,4 @@
-"""The layers of Llama and its like over whole sequences, computed by fewer and larger steps.
+"""The layers of Llama and its like, computed by fewer and larger steps.
 
 transformers' layers hold every step's result for the backward pass, about twice as much as it needs, and take
 ten passes over memory for a norm. The sums are the same. B sequences, L tokens, H width.
@@ -7,11 +7,13 @@ ten passes over memory for a norm. The sums are the same. B sequences, L tokens,
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 from transformers.models.llama.modeling_llama import rotate_half
@@ -19,6 +21,9 @@ from transformers.models.llama.modeling_llama import rotate_half
 from rlhf.models import attention
 from rlhf.models.lora import in_type_of_products, parts_of
 from rlhf.models.products import GATE, PLAIN, Parts, RmsNorm, products
+
+# Makes the function x (..., I) -> (..., O) of a weight (O, I) and a bias (O,).
+Prepare = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
 
 MODELS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 NUM_MATRICES = 7  # of a layer
@@ -30,7 +35,7 @@ def hidden_states(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> 
     padding before others; None where the model asks for anything that is not computed here.
     """
     layers = _layers(model, tokens.shape[1])
-    if layers is None:
+    if layers is None or not in_type_of_products(model.embed_tokens.weight):
         return None
     x = model.embed_tokens(tokens)
     rotations = model.rotary_emb(x, torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0))
@@ -96,6 +101,67 @@ def _normed(norm: Any, x: Tensor) -> tuple[RmsNorm, list[Tensor]]:
     return RmsNorm(norm.variance_epsilon), [x, norm.weight]
 
 
+def steps(model: Any, prepare: Prepare) -> list[tuple[Any, Callable[..., Tensor]]] | None:
+    """Each layer with a forward that does what transformers' does where gradients are not asked for, with a
+    cache and any mask; matrices that share an input are prepared as one. None as in `hidden_states`.
+    """
+    layers = _layers(model, sys.maxsize)
+    if layers is None or any(part.a is not None for parts in layers for part in parts):
+        return None
+    if any("forward" in vars(layer) for layer in model.layers):
+        return None
+    return [
+        (layer, functools.partial(_step, layer=layer, products=_prepared(parts, prepare)))
+        for layer, parts in zip(model.layers, layers, strict=True)
+    ]
+
+
+def _prepared(parts: Sequence[Parts], prepare: Prepare) -> list[Callable[[Tensor], Tensor]]:
+    """The products with query, key and value; output; gate and up; down."""
+    found = []
+    for some in (parts[:3], parts[3:4], parts[4:6], parts[6:]):
+        biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias, *_ in some]
+        bias = torch.cat(biases) if any(part.bias is not None for part in some) else None
+        found.append(prepare(torch.cat([part.weight for part in some]), bias))
+    return found
+
+
+def _step(  # noqa: PLR0913 (transformers' signature of a layer)
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    *,
+    layer: Any,
+    products: Sequence[Callable[[Tensor], Tensor]],
+    **more: Any,
+) -> Tensor:
+    """The hidden states (B, L, H) after a layer."""
+    assert position_embeddings is not None
+    own, x, (first, output, gate_up, down) = layer.self_attn, hidden_states, products
+    num_keys = own.config.num_key_value_heads
+    heads = first(_norm(layer.input_layernorm, x)).unflatten(-1, (-1, own.head_dim))
+    q_and_k, v = heads[..., :-num_keys, :], heads[..., -num_keys:, :]
+    if hasattr(own, "q_norm"):
+        q, k = own.q_norm(q_and_k[..., :-num_keys, :]), own.k_norm(q_and_k[..., -num_keys:, :])
+        q_and_k = torch.cat([q, k], dim=-2)
+    q_and_k = _rotated(q_and_k, *position_embeddings)
+    q, k, v = (each.transpose(1, 2) for each in (q_and_k[..., :-num_keys, :], q_and_k[..., -num_keys:, :], v))
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, own.layer_idx)
+    attend = AttentionInterface()[own.config._attn_implementation]
+    found, _ = attend(own, q, k, v, attention_mask, dropout=0.0, scaling=own.scaling)
+    x = x + output(found.flatten(-2))
+    gate, up = gate_up(_norm(layer.post_attention_layernorm, x)).chunk(2, dim=-1)
+    return x + down(functional.silu(gate).mul_(up))
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
 def _layers(model: Any, length: int) -> list[list[Parts]] | None:
     """What each layer's seven matrices compute with: query, key, value, output, gate, up, down."""
     if type(model) not in MODELS:
@@ -116,7 +182,7 @@ def _layers(model: Any, length: int) -> list[list[Parts]] | None:
         if len(parts) < NUM_MATRICES:
             return None
         found.append(parts)
-    return found if in_type_of_products(weight) else None
+    return found
 
 
 def _matrices(layer: Any) -> Iterator[Any]:

@@ -1,43 +1,75 @@
-"""Weights laid out for sampling: a processor lays out a plain bfloat16 matrix anew for every product, which
-takes longer than the product where it has few rows.
+"""Layers laid out for sampling: its products have few rows, and what stands around them takes as long.
+
+A processor lays out a plain bfloat16 matrix anew for every product; and matrices that share an input make
+one product.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from rlhf.engine import Engine
+from rlhf.engine import SMALL_MODEL, Engine
+from rlhf.models import llama
+from rlhf.models.loading import trunk
 
 
 @contextlib.contextmanager
 def packed(model: nn.Module, engine: Engine) -> Iterator[None]:
-    """Let the linear layers compute with copies of their weights in oneDNN's own layout, for a while.
+    """Let the layers compute with copies of their weights, for a while: in oneDNN's own layout where products
+    are in bfloat16 on a processor that it serves, beside one another where Llama's layers have one input.
 
-    Does nothing but in bfloat16 on a processor that oneDNN serves. The weights must not change meanwhile.
+    Does nothing on a GPU, nor for large models in float32. The weights must not change meanwhile.
     """
-    usable = engine.device.type == "cpu" and engine.dtype == torch.bfloat16
-    if not (usable and torch.backends.mkldnn.is_available()):
+    prepare = _preparation(model, engine)
+    if prepare is None:
         yield
         return
-    layers: list[Any] = [
-        layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)
-    ]
+    changed: list[Any] = []
     try:
-        for layer in layers:
-            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(engine.dtype), None)
-            bias = None if layer.bias is None else layer.bias.detach().to(engine.dtype)
-            layer.forward = functools.partial(_linear, weight, bias)
+        for module, forward in _forwards(model, prepare):
+            module.forward = forward
+            changed.append(module)
         yield
     finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+        for module in changed:
+            del module.forward
+
+
+def _preparation(model: nn.Module, engine: Engine) -> llama.Prepare | None:
+    if engine.device.type != "cpu":
+        return None
+    if engine.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        return _laid_out
+    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
+    return _plain if small and engine.dtype == torch.float32 else None
+
+
+def _forwards(model: nn.Module, prepare: llama.Prepare) -> Iterator[tuple[Any, Callable[..., Tensor]]]:
+    inner = trunk(model)
+    steps = llama.steps(inner, prepare)
+    if steps is not None:
+        yield from steps
+    fused = set() if steps is None else set(inner.layers.modules())
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer not in fused and "forward" not in vars(layer):
+            yield layer, prepare(layer.weight, layer.bias)
+
+
+def _laid_out(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), None)
+    return functools.partial(_linear, weight, None if bias is None else bias.detach().bfloat16())
 
 
 def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return functools.partial(functional.linear, weight=weight.detach(), bias=bias)

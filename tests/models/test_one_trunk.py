@@ -12,13 +12,14 @@ import torch
 from rlhf.batches import Experience, join, left_pad
 from rlhf.config import load_config
 from rlhf.engine import Engine
+from rlhf.experience import build_experience
 from rlhf.files import hash_path
 from rlhf.models.adapters import acting, add_lora, merged_copy, read_adapter, trainable_parameters
 from rlhf.models.forward import sequence_scores
 from rlhf.models.loading import LoadOptions, load_causal_lm, load_reward_model, new_reward_model
 from rlhf.models.roles import ActorCritic, Roles, build_roles
 from rlhf.parents import adapter_of
-from rlhf.ppo import Learner, build_experience
+from rlhf.ppo import Learner
 from rlhf.ppo_run import build_reward
 from rlhf.rewards import RewardModelScorer
 from rlhf.text import TextCodec

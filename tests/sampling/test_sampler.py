@@ -160,6 +160,16 @@ def test_float32_weights_under_bfloat16_products_sample_what_they_learn(folder: 
     torch.testing.assert_close(rollout.behaviour_logprobs.float(), learned, atol=0.1, rtol=0.05)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_laid_out_for_sampling_draw_the_same_tokens(folder: Path, family: str) -> None:
+    model = load(folder, family)
+    eos = common_token(model)
+    expected = sampled(model, PROMPTS, Decoding(12), seed=3, eos=eos)
+    with ready_to_sample(model, Engine(torch.device("cpu"), torch.float32)):
+        found = sampled(model, PROMPTS, Decoding(12), seed=3, eos=eos)
+    assert found.responses() == expected.responses()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_frequencies_are_the_models(llama: Any, temperature: float) -> None:
     # 4000 draws of the token after one prompt; cells below 5 expected draws are pooled (Cochran's rule). A
