@@ -5,12 +5,13 @@ computes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from rlhf.processes import ALONE, Processes, processes
 # Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length and to
 # hold a pass's activations. On a processor small models need more of them, and so do full weights, whose
 # gradients are as large for a short pass as for a long one.
-TOKENS_PER_PASS = 384
+TOKENS_PER_PASS = 640
 TOKENS_PER_PASS_FULL_WEIGHTS = 1280
 TOKENS_PER_PASS_SMALL_MODEL = 4096
 TOKENS_PER_PASS_GPU = 16384
+
+# So many times as long are a processor's passes that hold nothing for a backward one.
+FORWARD_ONLY = 4
 
 # Tokens of passes whose activations a processor holds so as not to compute them twice. Twice as many for full
 # weights, whose passes are longer and hold much memory anyway.
@@ -38,6 +42,8 @@ KEPT_TOKENS_SMALL_MODEL = 16384
 # Passes that a processor computes side by side where nothing else is said: with full weights each of them
 # holds gradients of its own.
 MOST_WORKERS = 2
+
+MALLOPT_ARENA_MAX = -8  # M_ARENA_MAX in glibc's malloc.h
 
 # Parameters below which a model is small: bfloat16 on a processor gains it nothing and only loses digits.
 SMALL_MODEL = 20_000_000
@@ -72,8 +78,9 @@ class Engine:
         `tokens_per_pass` with its padding. Rows of like length go together, so little padding is computed.
         Where several workers or processes share them they are evened out, if the limits allow.
 
-        Scoring takes pieces as short as learning does, though it could hold longer ones: a product of more
-        rows rounds differently, and in bfloat16 the first minibatch's ratio would no longer be 1.
+        Policy and reference take pieces as short as learning does, though they could hold longer ones: a
+        product of more rows rounds differently, and in bfloat16 the first minibatch's ratio would no longer
+        be 1.
         """
         order = sorted(range(len(lengths)), key=lambda i: lengths[i])
         pieces: list[list[int]] = [[]]
@@ -81,10 +88,19 @@ class Engine:
             if pieces[-1] and not self._fits([*pieces[-1], row], lengths):
                 pieces.append([])
             pieces[-1].append(row)
-        shares = self.workers * self.processes.count
-        if shares > 1 and len(order) > 1:
-            pieces = self._evened(order, lengths, -(-len(pieces) // shares) * shares) or pieces
+        if self.shares > 1 and len(order) > 1:
+            pieces = self._evened(order, lengths, -(-len(pieces) // self.shares) * self.shares) or pieces
         return [torch.tensor(piece, dtype=torch.long) for piece in pieces]
+
+    @property
+    def shares(self) -> int:
+        """Workers of all processes, which passes are shared out to."""
+        return self.workers * self.processes.count
+
+    def forward_only(self) -> Engine:
+        """This engine with passes as long as suit a model that is not learning."""
+        times = FORWARD_ONLY if self.device.type == "cpu" else 1
+        return replace(self, tokens_per_pass=times * self.tokens_per_pass)
 
     def _fits(self, piece: Sequence[int], lengths: Sequence[int]) -> bool:
         rows_fit = len(piece) <= (self.micro_batch_size or len(piece))
@@ -131,6 +147,7 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
     processes().check_same(device.type, "kind of device (a machine with fewer GPUs than processes?)")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an installed DeepSpeed need not look, and say so
+        _share_freed_memory()
     if settings.dtype == "auto":
         use_bf16 = num_parameters >= SMALL_MODEL and has_native_bf16(device)
         dtype = torch.bfloat16 if use_bf16 else torch.float32
@@ -152,6 +169,15 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
         min(settings.workers or (MOST_WORKERS if on_processor else 1), torch.get_num_threads()),
         processes(),
     )
+
+
+def _share_freed_memory() -> None:
+    """Let all threads take memory from one place: glibc gives each its own, where what one has freed is of no
+    use to the others. With two workers a PPO update of a 135M model peaks .2 GiB lower, and is no slower.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt(MALLOPT_ARENA_MAX, 1)
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -48,11 +48,10 @@ class FirstStep(Passes):
         self.learner = learner
         self.num_tokens = rollout.response_mask[rows].sum()
         sizes = [each.tokens.numel() for each in self.rollouts[: self.num_first]]
-        processes = self.engine.processes.count
-        shares, room = self.engine.workers * processes, self.engine.kept_tokens * processes
+        room = self.engine.kept_tokens * self.engine.processes.count
         self.num_kept = sum(total <= room for total in itertools.accumulate(sizes))
         if self.num_kept < len(sizes):
-            self.num_kept -= self.num_kept % shares  # as many for each worker
+            self.num_kept -= self.num_kept % self.engine.shares  # as many for each worker
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.value_loss = 0.0
 
@@ -61,15 +60,16 @@ class FirstStep(Passes):
         sizes = [each.tokens.numel() for each in self.rollouts[: self.num_first]]
         return sum(sizes[: self.num_kept]) / sum(sizes)
 
-    @torch.enable_grad()
     def logprobs(self, number: int) -> Tensor:
         """The policy's log-probs of a pass.
 
-        All passes have graphs, kept or not: autocast shares the weights that it rounds among them, and under
-        earlier versions of torch one without a graph left the others without gradients.
+        Where any is kept, each worker's first one has a graph, kept or not: autocast shares the weights that
+        it rounds among all passes, and a pass without a graph would leave those after it without gradients.
         """
-        outputs = self.learner.policy_outputs(self.rollouts[number])
-        if number < self.num_kept:
+        keep = number < self.num_kept
+        with torch.set_grad_enabled(keep or (self.num_kept > 0 and number < self.engine.shares)):
+            outputs = self.learner.policy_outputs(self.rollouts[number])
+        if keep:
             self.kept[number] = outputs
         return outputs[0].detach()
 

@@ -15,7 +15,8 @@ import torch
 
 from rlhf.batches import Rollout
 from rlhf.engine import Engine
-from rlhf.models.loading import load_codec, load_options, load_reward_model
+from rlhf.models.llama import join_weights
+from rlhf.models.loading import load_codec, load_options, load_reward_model, trunk
 from rlhf.records import Prompt, make_sources, read_records
 from rlhf.rm import score_rows
 from rlhf.scorers import ClassifierScorer, FunctionScorer, WeightedSum
@@ -76,6 +77,7 @@ def _build(key: str, spec: dict[str, Any], config: Any, engine: Engine) -> Any:
     kind = spec["kind"]
     if kind == "model":
         model = load_reward_model(spec["path"], load_options(config.model, engine, trained=False))
+        join_weights(trunk(model))
         return RewardModelScorer(model, load_codec(spec["path"], config), engine, name=spec["path"])
     if kind == "classifier":
         if spec.get("train") is None:

@@ -313,7 +313,7 @@ def _in_batches(  # noqa: PLR0913 (what is computed of what, and where)
     engine: Engine,
     bar: Any = None,
 ) -> Tensor:
-    pieces = engine.micro_batches([len(row) for row in rows])
+    pieces = engine.forward_only().micro_batches([len(row) for row in rows])
 
     def compute(index: Tensor) -> Tensor:
         tokens, mask = right_pad([rows[i] for i in index], pad_token_id)

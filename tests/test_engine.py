@@ -40,6 +40,14 @@ def test_pieces_are_as_full_as_the_limits_allow() -> None:
     assert sizes(2, [1] * 5) == [2, 2, 1]
 
 
+def test_passes_without_gradients_are_longer_on_a_processor_and_have_no_more_rows_than_allowed() -> None:
+    plain, few = (engine(rows, 512, 1).forward_only() for rows in (None, 3))
+    assert [len(piece) for piece in plain.micro_batches([128] * 20)] == [16, 4]
+    assert [len(piece) for piece in few.micro_batches([128] * 5)] == [3, 2]
+    gpu = Engine(torch.device("cuda"), torch.float32, tokens_per_pass=512)
+    assert gpu.forward_only() == gpu
+
+
 def test_every_worker_gets_as_much_as_the_others() -> None:
     def sizes(workers: int, tokens: int, lengths: list[int]) -> list[int]:
         return [len(piece) for piece in engine(None, tokens, workers).micro_batches(lengths)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf.batches import Rollout
 from rlhf.models import llama
 from rlhf.models.loading import head, logits_of, trunk
-from rlhf.numerics.logprobs import entropy, token_logprobs
+from rlhf.numerics.logprobs import entropy, token_logprobs, token_logprobs_and_entropy
 from rlhf.numerics.masked import last_true_index
 
 
@@ -51,9 +51,10 @@ def response_logprobs_and_entropy(
     """
     logits = _response_logits(model, rollout)
     tokens = rollout.response_tokens[rollout.response_mask]
-    with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
-        entropies = entropy(logits, temperature)
-    logprobs = token_logprobs(logits, tokens, temperature)
+    if learn_entropy:
+        logprobs, entropies = token_logprobs(logits, tokens, temperature), entropy(logits, temperature)
+    else:
+        logprobs, entropies = token_logprobs_and_entropy(logits, tokens, temperature)
     return _scattered(logprobs, rollout.response_mask), _scattered(entropies, rollout.response_mask)
 
 

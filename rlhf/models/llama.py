@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaModel, MistralModel, Qwen2Model, Qwen3Model
-from transformers.models.llama.modeling_llama import rotate_half
 
 from rlhf.models import attention
 from rlhf.models.lora import in_type_of_products, parts_of
-from rlhf.models.products import GATE, PLAIN, Parts, RmsNorm, products
+from rlhf.models.products import GATE, PLAIN, Parts, RmsNorm, join, joined, products
 
 # Makes the function x (..., I) -> (..., O) of a weight (O, I) and a bias (O,).
 Prepare = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
@@ -70,31 +69,61 @@ def _next(
 ) -> Tensor:
     """The hidden states (B, L, H) after a layer, from those before it; (N, H) where some alone are wanted."""
     own, (query, key, value, output, gate, up, down) = layer.self_attn, parts
-    norm, states, turns, mask = layer.input_layernorm, x, rotations, None
-    if wanted is None:
-        q, k, v = products(*_normed(norm, x), [query, key, value])
-    else:
+    norm, states, mask = layer.input_layernorm, x, None
+    first = [query, key, value] if wanted is None else [key, value]
+    q, k, v = _heads(own, products(*_normed(norm, x), first), rotations)
+    if wanted is not None:
         states, mask = x[wanted.index], wanted.mask
         turns = (rotations[0][0, wanted.index[1]], rotations[1][0, wanted.index[1]])
-        [q], (k, v) = products(*_normed(norm, states), [query]), products(*_normed(norm, x), [key, value])
-    q, k, v = (each.unflatten(-1, (-1, own.head_dim)) for each in (q, k, v))
-    if hasattr(own, "q_norm"):
-        q, k = own.q_norm(q), own.k_norm(k)
-    q, k = _rotated(q, *turns), _rotated(k, *rotations)
-    if wanted is not None:
+        q = products(*_normed(norm, states), [query]).unflatten(-1, (-1, own.head_dim))
+        q = _Rotated.apply(own.q_norm(q) if hasattr(own, "q_norm") else q, *turns)
         q = q.new_zeros(*wanted.shape, *q.shape[1:]).index_put(wanted.slots, q)
     attend = AttentionInterface()[own.config._attn_implementation]
     heads = [each.transpose(1, 2) for each in (q, k, v)]
     found, _ = attend(own, *heads, mask, dropout=0.0, scaling=own.scaling)
     found = (found if wanted is None else found[wanted.slots]).flatten(-2)
-    x = states + products(PLAIN, [found], [output])[0]
+    x = states + products(PLAIN, [found], [output])
     gated = products(*_normed(layer.post_attention_layernorm, x), [gate, up])
-    return x + products(GATE, gated, [down])[0]
+    return x + products(GATE, [gated], [down])
+
+
+def _heads(own: Any, x: Tensor, rotations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, L, heads, D) of the products (B, L, -) with their matrices; there may be
+    no queries among them.
+    """
+    heads, num_keys = x.unflatten(-1, (-1, own.head_dim)), own.config.num_key_value_heads
+    num_queries = heads.shape[-2] - 2 * num_keys
+    q_and_k, v = heads.split([num_queries + num_keys, num_keys], dim=-2)
+    if hasattr(own, "q_norm"):
+        q, k = q_and_k.split([num_queries, num_keys], dim=-2)
+        q_and_k = torch.cat([own.q_norm(q), own.k_norm(k)], dim=-2)
+    q, k = _Rotated.apply(q_and_k, *rotations).split([num_queries, num_keys], dim=-2)
+    return q, k, v
+
+
+class _Rotated(torch.autograd.Function):
+    """Rotary positions: x (..., heads, D), cosines and sines (..., D), each of two equal halves. Su et al.
+    2021, https://arxiv.org/abs/2104.09864
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return _rotated(x, cosines, sines)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cosines, sines = ctx.saved_tensors
+        return _rotated(grad, cosines, -sines), None, None
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary positions: x (..., heads, D), cosines and sines (..., D). Su et al. 2021, arXiv:2104.09864"""
-    return x * cosines.unsqueeze(-2) + rotate_half(x) * sines.unsqueeze(-2)
+    half, sines = x.shape[-1] // 2, sines[..., : x.shape[-1] // 2].unsqueeze(-2)
+    found = x * cosines.unsqueeze(-2)
+    found[..., :half].addcmul_(x[..., half:], sines, value=-1)
+    found[..., half:].addcmul_(x[..., :half], sines)
+    return found
 
 
 def _normed(norm: Any, x: Tensor) -> tuple[RmsNorm, list[Tensor]]:
@@ -122,7 +151,7 @@ def _prepared(parts: Sequence[Parts], prepare: Prepare) -> list[Callable[[Tensor
     for some in (parts[:3], parts[3:4], parts[4:6], parts[6:]):
         biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias, *_ in some]
         bias = torch.cat(biases) if any(part.bias is not None for part in some) else None
-        found.append(prepare(torch.cat([part.weight for part in some]), bias))
+        found.append(prepare(joined([part.weight for part in some]), bias))
     return found
 
 
@@ -154,12 +183,18 @@ def _step(  # noqa: PLR0913 (transformers' signature of a layer)
     attend = AttentionInterface()[own.config._attn_implementation]
     found, _ = attend(own, q, k, v, attention_mask, dropout=0.0, scaling=own.scaling)
     x = x + output(found.flatten(-2))
-    gate, up = gate_up(_norm(layer.post_attention_layernorm, x)).chunk(2, dim=-1)
-    return x + down(functional.silu(gate).mul_(up))
+    return x + down(GATE.forward(gate_up(_norm(layer.post_attention_layernorm, x))))
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    return functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    return RmsNorm(norm.variance_epsilon).forward(x, norm.weight)
+
+
+def join_weights(model: Any) -> None:
+    """Lay the matrices of one input below one another in memory, so that their products are one."""
+    for parts in _layers(model, 0) or []:
+        for some in (parts[:3], parts[4:6]):
+            join([part.weight for part in some])
 
 
 def _layers(model: Any, length: int) -> list[list[Parts]] | None:

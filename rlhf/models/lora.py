@@ -25,7 +25,7 @@ class LeanLoraLinear(LoraLinear):
         parts = None if arguments or more else parts_of(self)
         if parts is None or parts.a is None or not in_type_of_products(parts.weight):
             return super().forward(x, *arguments, **more)
-        return products(PLAIN, [x.to(parts.weight.dtype)], [parts])[0]
+        return products(PLAIN, [x.to(parts.weight.dtype)], [parts])
 
 
 def parts_of(layer: Any) -> Parts | None:

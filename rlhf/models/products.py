@@ -2,7 +2,7 @@
 them, as one step of autograd.
 
 What comes before is cheap, so it is computed again in the backward pass and not held. N rows, I inputs, O
-outputs of a layer, r rank.
+outputs of all layers beside one another, r ranks of all of them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.nn import functional
 
 
 class Parts(NamedTuple):
-    """What a linear layer computes with: W (O, I), its bias (O,), and A (r, I) and B (O, r) of the adapter
-    that acts, with its scaling. An adapted layer's W and bias are frozen.
+    """What a linear layer computes with: W (outputs, I), its bias (outputs,), and A (rank, I) and B (outputs,
+    rank) of the adapter that acts, with its scaling. An adapted layer's W and bias are frozen.
     """
 
     weight: Tensor
@@ -27,21 +27,6 @@ class Parts(NamedTuple):
     a: Tensor | None = None
     b: Tensor | None = None
     scaling: float = 1.0
-
-    def scaled_b(self) -> Tensor:
-        """scaling B (O, r) in the number type of W."""
-        assert self.b is not None
-        return (self.b * self.scaling).to(self.weight.dtype)
-
-    def folded(self) -> Parts:
-        """The layer without its adapter, which is added to W, where W is so narrow that this takes fewer
-        operations than the products with A and B, and nothing is rounded by it.
-        """
-        if self.a is None or self.b is None or self.weight.dtype != self.a.dtype:
-            return self
-        if self.weight.numel() > 2 * len(self.a) * sum(self.weight.shape):
-            return self
-        return Parts(torch.addmm(self.weight, self.b, self.a, alpha=self.scaling), self.bias)
 
 
 class Plain:
@@ -88,70 +73,120 @@ class RmsNorm:
 
 
 class Gate:
-    """silu(gate) * up. Shazeer 2020, https://arxiv.org/abs/2002.05202"""
+    """silu(gate) * up, the two beside one another. Shazeer 2020, https://arxiv.org/abs/2002.05202"""
 
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        """(N, I), (N, I) -> (N, I)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 2I) -> (N, I)."""
+        gate, up = x.chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 
-    def again(self, gate: Tensor, up: Tensor) -> list[Tensor]:
+    def again(self, x: Tensor) -> list[Tensor]:
         """The output, and silu(gate)."""
+        gate, up = x.chunk(2, dim=-1)
         opened = functional.silu(gate)
         return [opened * up, opened]
 
-    def backward(self, grad: Tensor, steps: list[Tensor], gate: Tensor, up: Tensor) -> list[Tensor | None]:
-        """The gradients of gate and up."""
-        return [torch.ops.aten.silu_backward(grad * up, gate), steps[1].mul_(grad)]
+    def backward(self, grad: Tensor, steps: list[Tensor], x: Tensor) -> list[Tensor | None]:
+        """The gradient of x."""
+        (gate, up), found = x.chunk(2, dim=-1), torch.empty_like(x)
+        of_gate, of_up = found.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
+        torch.mul(steps[1], grad, out=of_up)
+        return [found]
 
 
 PLAIN, GATE = Plain(), Gate()
 Before = Plain | RmsNorm | Gate
 
 
-def products(before: Before, inputs: Sequence[Tensor], layers: Sequence[Parts]) -> list[Tensor]:
+def join(weights: Sequence[Tensor]) -> None:
+    """Move matrices (outputs, I) below one another in memory, where `products` takes them as one."""
+    whole = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+
+
+def joined(weights: Sequence[Tensor]) -> Tensor:
+    """Matrices (outputs, I) below one another: a view where they lie so in memory, else a copy."""
+    first, length = weights[0].detach(), 0
+    start, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for weight in weights:
+        where = (weight.untyped_storage().data_ptr(), weight.storage_offset())
+        if not weight.is_contiguous() or where != (storage, start + length * first.shape[1]):
+            return torch.cat([each.detach() for each in weights])
+        length += len(weight)
+    return first.as_strided((length, first.shape[1]), first.stride())
+
+
+def products(before: Before, inputs: Sequence[Tensor], layers: Sequence[Parts]) -> Tensor:
     """Outputs (..., O) of layers that share the input (..., I) that `before` makes of `inputs`, all of them
     in the weights' number type.
     """
     rows = [each.reshape(-1, each.shape[-1]) if each.dim() > 1 else each for each in inputs]
     weights = [tensor for layer in layers for tensor in layer[:4]]
-    found = _Products.apply(before, [layer.scaling for layer in layers], len(rows), *rows, *weights)
-    return [y.view(*inputs[0].shape[:-1], y.shape[-1]) for y in found]
+    y = _Products.apply(before, [layer.scaling for layer in layers], len(rows), *rows, *weights)
+    return y.view(*inputs[0].shape[:-1], y.shape[-1])
+
+
+class Whole:
+    """Layers as one: W (O, I), bias (O,), A (r, I) of all adapters in W's number type, and B (O, r), where
+    each adapter has rows and columns of its own.
+    """
+
+    def __init__(self, layers: Sequence[Parts]) -> None:
+        weights = [layer.weight for layer in layers]
+        self.weight = weights[0].detach() if len(layers) == 1 else joined(weights)
+        self.bias, self.a, self.b = None, None, None
+        if any(layer.bias is not None for layer in layers):
+            biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias, *_ in layers]
+            self.bias = torch.cat(biases)
+        factors = [layer.a for layer in layers if layer.a is not None]
+        if factors:
+            kind = self.weight.dtype
+            self.a = (torch.cat(factors) if len(factors) > 1 else factors[0]).to(kind)
+            blocks = [w.new_zeros(len(w), 0) if b is None else (b * s).to(kind) for w, _, _, b, s in layers]
+            self.b = torch.block_diag(*blocks) if len(blocks) > 1 else blocks[0]
+        # Added to W where that is so narrow that this takes fewer operations than the products with A and B,
+        # and nothing is rounded by it.
+        self.folded = (
+            self.a is not None
+            and factors[0].dtype == self.weight.dtype
+            and self.weight.numel() <= 2 * len(self.a) * sum(self.weight.shape)
+        )
+        if self.folded and self.a is not None and self.b is not None:
+            self.weight = torch.addmm(self.weight, self.b, self.a)
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, before: Before, scalings: list[float], num_inputs: int, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        inputs, layers = tensors[:num_inputs], _layers(tensors[num_inputs:], scalings)
+    def forward(ctx: Any, before: Before, scalings: list[float], num_inputs: int, *tensors: Tensor) -> Tensor:
+        inputs, whole = tensors[:num_inputs], Whole(_layers(tensors[num_inputs:], scalings))
+        hidden = None
         with torch.autocast(inputs[0].device.type, enabled=False):
             x = before.forward(*inputs)
-            folded = [layer.folded() for layer in layers]
-            hidden = _hidden(x, folded)
-            found = [functional.linear(x, layer.weight, layer.bias) for layer in folded]
-            for y, layer, low in zip(found, folded, hidden, strict=True):
-                if low is not None:
-                    y.addmm_(low, layer.scaled_b().t())
-        ctx.save_for_backward(*tensors, *hidden)
+            y = functional.linear(x, whole.weight, whole.bias)
+            if whole.a is not None and whole.b is not None and not whole.folded:
+                hidden = x @ whole.a.t()
+                y.addmm_(hidden, whole.b.t())
+        ctx.save_for_backward(*tensors, hidden)
         ctx.before, ctx.scalings, ctx.num_inputs = before, scalings, num_inputs
-        return tuple(found)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        inputs, hidden = saved[: ctx.num_inputs], saved[-len(grads) :]
-        layers = _layers(saved[ctx.num_inputs : -len(grads)], ctx.scalings)
-        folded = [layer.folded() for layer in layers]
-        low = [None if each.b is None else g @ each.scaled_b() for g, each in zip(grads, folded, strict=True)]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        *saved, hidden = ctx.saved_tensors
+        inputs, layers = saved[: ctx.num_inputs], _layers(saved[ctx.num_inputs :], ctx.scalings)
+        whole, low = Whole(layers), None
+        if hidden is not None and whole.b is not None:
+            low = grad @ whole.b
         steps, of_inputs = ctx.before.again(*inputs), [None] * len(inputs)
         if any(ctx.needs_input_grad[3 : 3 + len(inputs)]):
-            of_inputs = ctx.before.backward(_input_gradient(grads, low, folded), steps, *inputs)
-        of_weights = [
-            gradient
-            for layer, grad, *rest in zip(layers, grads, hidden, low, strict=True)
-            for gradient in _weight_gradients(layer, grad, steps[0], *rest)
-        ]
+            of_output = grad @ whole.weight
+            if low is not None and whole.a is not None:
+                of_output.addmm_(low, whole.a)
+            of_inputs = ctx.before.backward(of_output, steps, *inputs)
+        of_weights = _weight_gradients(layers, whole, grad, steps[0], hidden, low)
         return None, None, None, *of_inputs, *of_weights
 
 
@@ -160,44 +195,30 @@ def _layers(tensors: Sequence[Tensor], scalings: Sequence[float]) -> list[Parts]
     return [Parts(*row) for row in rows]
 
 
-def _hidden(x: Tensor, layers: Sequence[Parts]) -> list[Tensor | None]:
-    """x A^T (N, r) of each layer with an adapter, by one product for all."""
-    factors = [layer.a for layer in layers if layer.a is not None]
-    if not factors:
-        return [None] * len(layers)
-    parts = iter((x @ torch.cat(factors).to(x.dtype).t()).split([len(a) for a in factors], dim=1))
-    return [None if layer.a is None else next(parts) for layer in layers]
-
-
-def _input_gradient(grads: Sequence[Tensor], low: Sequence[Tensor | None], layers: Sequence[Parts]) -> Tensor:
-    """The gradient (N, I) of the shared input, of those of the outputs (N, O) and of x A^T (N, r)."""
-    total = grads[0] @ layers[0].weight
-    for grad, layer in zip(grads[1:], layers[1:], strict=True):
-        total.addmm_(grad, layer.weight)
-    adapted = [(each, layer.a) for each, layer in zip(low, layers, strict=True) if each is not None]
-    if adapted:
-        hidden, factors = zip(*adapted, strict=True)
-        total.addmm_(torch.cat(hidden, dim=1), torch.cat(factors).to(total.dtype))
-    return total
-
-
-def _weight_gradients(
-    layer: Parts, grad: Tensor, x: Tensor, hidden: Tensor | None, low: Tensor | None
+def _weight_gradients(  # noqa: PLR0913 (the tensors of the equation)
+    layers: Sequence[Parts], whole: Whole, grad: Tensor, x: Tensor, hidden: Tensor | None, low: Tensor | None
 ) -> list[Tensor | None]:
-    """The gradients of W, bias, A and B, None where they are frozen."""
-    found: list[Tensor | None] = [None] * 4
-    if layer.bias is not None and layer.bias.requires_grad:
-        found[1] = grad.sum(0)
-    if layer.a is None or layer.b is None:
-        found[0] = grad.t() @ x if layer.weight.requires_grad else None
-    elif not layer.a.requires_grad:
-        pass
-    elif hidden is None or low is None:  # folded into W
-        whole = grad.t() @ x
-        found[2:] = (layer.b.t() @ whole).mul_(layer.scaling), (whole @ layer.a.t()).mul_(layer.scaling)
-    else:
-        found[2:] = (
-            (low.t() @ x).to(layer.a.dtype),
-            (grad.t() @ hidden).to(layer.b.dtype).mul_(layer.scaling),
-        )
+    """The gradients of W, bias, A and B of each layer, None where they are frozen."""
+    of_weight, of_a, of_b = None, None, None
+    trained = any(layer.a is not None and layer.a.requires_grad for layer in layers)
+    if any(layer.weight.requires_grad for layer in layers) or (whole.folded and trained):
+        of_weight = grad.t() @ x
+    if trained and whole.a is not None and whole.b is not None:
+        if of_weight is not None and whole.folded:
+            of_a, of_b = whole.b.t() @ of_weight, of_weight @ whole.a.t()
+        elif hidden is not None and low is not None:
+            of_a, of_b = low.t() @ x, grad.t() @ hidden
+    found: list[Tensor | None] = []
+    row = column = 0
+    for weight, bias, a, b, scaling in layers:
+        rows = slice(row, row + len(weight))
+        row = rows.stop
+        found += [of_weight[rows] if of_weight is not None and weight.requires_grad else None]
+        found += [grad[:, rows].sum(0) if bias is not None and bias.requires_grad else None]
+        columns = slice(column, column + (0 if a is None else len(a)))
+        column = columns.stop
+        if a is None or b is None or of_a is None or of_b is None or not a.requires_grad:
+            found += [None, None]
+        else:
+            found += [of_a[columns].to(a.dtype), of_b[rows, columns].to(b.dtype) * scaling]
     return found

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rlhf.batches import Rollout
 from rlhf.engine import Engine
+from rlhf.models import llama
 from rlhf.models.adapters import (
     POLICY,
     acting,
@@ -167,6 +168,9 @@ def build_roles(config: Any, engine: Engine) -> Roles:
     else:
         roles = _on_own_trunks(policy, trained, config, engine, from_reward_model=from_reward_model)
     models = roles.actor_critic
+    for model in (models.policy, models.critic, roles.reference.model):
+        if model is not None:
+            llama.join_weights(trunk(model))
     for model in {id(model): model for model in (models.policy, models.critic) if model is not None}.values():
         _switch_off_dropout(model)
         # Recomputing in the backward pass is a matter of training mode, which changes nothing else here.

@@ -79,8 +79,9 @@ def test_states_and_gradients_are_those_of_transformers(
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_in_bfloat16_they_are_as_near_to_the_truth(tmp_path: Path, family: str) -> None:
+    # A few models are near a step of the rounding, and dominate any sum: the geometric mean of twelve.
     errors = torch.zeros(2, 2)
-    for seed in range(6):
+    for seed in range(12):
         model = model_of(tmp_path, family, "lora", seed=seed)
         for parameter in model.parameters():
             parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
@@ -94,8 +95,8 @@ def test_in_bfloat16_they_are_as_near_to_the_truth(tmp_path: Path, family: str) 
                 wrong, right = (
                     torch.cat([each.flatten() for each in some]) for some in zip(*part, strict=True)
                 )
-                errors[row, column] += (wrong - right).norm() / right.norm()
-    assert errors.min() > 0 and (errors[:, 0] < 1.5 * errors[:, 1]).all(), errors
+                errors[row, column] += ((wrong - right).norm() / right.norm()).log() / 12
+    assert errors.exp().min() > 0.005 and (errors[:, 0] - errors[:, 1] < 0.2).all(), errors.exp()
 
 
 def test_an_adapter_that_does_not_act_changes_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf.models.products import GATE, PLAIN, Before, Parts, RmsNorm, products
+from rlhf.models.products import GATE, PLAIN, Before, Parts, RmsNorm, Whole, join, joined, products
 
 NORM = RmsNorm(1e-5)
 
@@ -21,22 +21,23 @@ def inputs_of(before: Before, width: int) -> list[Tensor]:
     x = numbers(2, 3, width, seed=1)
     if before is PLAIN:
         return [x]
-    return [x, numbers(2, 3, width, seed=2)] if before is GATE else [x, numbers(width, seed=3)]
+    return [numbers(2, 3, 2 * width, seed=2)] if before is GATE else [x, numbers(width, seed=3)]
 
 
-def by_equation(before: Before, inputs: list[Tensor], layers: list[Parts]) -> list[Tensor]:
+def by_equation(before: Before, inputs: list[Tensor], layers: list[Parts]) -> Tensor:
     x = inputs[0]
     if before is NORM:
         x = inputs[1] * x / (x.square().mean(-1, keepdim=True) + NORM.epsilon).sqrt()
     elif before is GATE:
-        x = inputs[0] * torch.sigmoid(inputs[0]) * inputs[1]
+        gate, up = x.chunk(2, dim=-1)
+        x = gate * torch.sigmoid(gate) * up
     found = []
     for layer in layers:
         y = functional.linear(x, layer.weight, layer.bias)
         if layer.a is not None and layer.b is not None:
             y = y + layer.scaling * (x @ layer.a.t()) @ layer.b.t()
         found.append(y)
-    return found
+    return torch.cat(found, dim=-1)
 
 
 def layers_of(width: int, rank: int) -> list[Parts]:
@@ -55,16 +56,36 @@ def layers_of(width: int, rank: int) -> list[Parts]:
 @pytest.mark.parametrize("before", [PLAIN, NORM, GATE], ids=["plain", "norm", "gate"])
 def test_values_and_gradients_are_those_of_the_equations(before: Before, rank: int) -> None:
     inputs, layers = inputs_of(before, 7), layers_of(7, rank)
-    assert (layers[1].folded() is layers[1]) == (rank == 1)
+    assert Whole(layers).folded == (rank == 3)
     tensors = [*inputs, *itertools.chain(*(layer[:4] for layer in layers))]
     trained = [each for each in tensors if each is not None and each.requires_grad]
     assert len(trained) >= 5
     ours, theirs = products(before, inputs, layers), by_equation(before, inputs, layers)
     gradients = []
     for outputs in (ours, theirs):
-        total = sum((y * numbers(*y.shape, seed=9, trained=False)).sum() for y in outputs)
-        assert isinstance(total, Tensor)
+        total = (outputs * numbers(*outputs.shape, seed=9, trained=False)).sum()
         gradients.append(torch.autograd.grad(total, trained))
-    for one, two in zip([*ours, *gradients[0]], [*theirs, *gradients[1]], strict=True):
+    for one, two in zip([ours, *gradients[0]], [theirs, *gradients[1]], strict=True):
         assert two.norm() > 0.1
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+def test_joined_matrices_are_one_in_memory_and_others_are_copied() -> None:
+    weights = [numbers(size, 7, seed=size) for size in (5, 4, 6)]
+    copies = [weight.detach().clone() for weight in weights]
+    assert joined(weights).untyped_storage().data_ptr() != weights[0].untyped_storage().data_ptr()
+    join(weights)
+    for some in (weights, weights[1:], weights[:1]):
+        whole = joined(some)
+        assert whole.data_ptr() == some[0].data_ptr() and not whole.requires_grad
+    for found in (weights, joined(weights).split([5, 4, 6])):
+        assert all(one.equal(two) for one, two in zip(found, copies, strict=True))
+    for apart in (
+        weights[::-1],
+        weights[::2],
+        [weights[0], copies[1]],
+        [weights[0][:, :3], weights[1][:, :3]],
+    ):
+        whole = joined(apart)
+        assert whole.equal(torch.cat([each.detach() for each in apart]))
+        assert whole.untyped_storage().data_ptr() != weights[0].untyped_storage().data_ptr()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf.numerics.logprobs import entropy, token_logprobs
+from rlhf.numerics.logprobs import entropy, token_logprobs, token_logprobs_and_entropy
 
 VOCABULARY = 11
 
@@ -115,6 +115,19 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_entropy_of_a_fair_choice_is_log_v_and_of_a_sure_one_0() -> None:
     sure = torch.tensor([1e4, 0.0, 0.0, 0.0])
     assert entropy(torch.stack([torch.zeros(4), sure])).tolist() == pytest.approx([math.log(4), 0.0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_and_entropy_by_one_pass_are_those_of_two(temperature: float) -> None:
+    logits, tokens = random_case()
+    expected = token_logprobs(logits, tokens, temperature)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), logits)
+    found, entropies = token_logprobs_and_entropy(logits, tokens, temperature, chunk=4)
+    (grad,) = torch.autograd.grad(found.square().sum(), logits)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(grad, expected_grad, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(entropies, entropy(logits, temperature).detach())
+    assert not entropies.requires_grad
 
 
 def test_a_token_that_was_ruled_out_adds_nothing_to_the_entropy() -> None:
