@@ -64,7 +64,8 @@ class FirstStep(Passes):
         """The policy's log-probs of a pass.
 
         Where any is kept, each worker's first one has a graph, kept or not: autocast shares the weights that
-        it rounds among all passes, and a pass without a graph would leave those after it without gradients.
+        it rounds among all passes, and under earlier versions of torch a pass without a graph leaves those
+        after it without gradients.
         """
         keep = number < self.num_kept
         with torch.set_grad_enabled(keep or (self.num_kept > 0 and number < self.engine.shares)):

@@ -1,6 +1,10 @@
 """Rows are computed in pieces of like length, each row once, none over the limits."""
 
+import os
+import platform
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,6 +50,46 @@ def test_passes_without_gradients_are_longer_on_a_processor_and_have_no_more_row
     assert [len(piece) for piece in few.micro_batches([128] * 5)] == [3, 2]
     gpu = Engine(torch.device("cuda"), torch.float32, tokens_per_pass=512)
     assert gpu.forward_only() == gpu
+
+
+NUM_ARENAS = """
+import ctypes, tempfile, threading
+import torch
+from rlhf.config import load_config
+from rlhf.engine import build_engine
+
+def count():
+    libc, file = ctypes.CDLL(None), tempfile.NamedTemporaryFile()
+    libc.fopen.restype = ctypes.c_void_p
+    stream = ctypes.c_void_p(libc.fopen(file.name.encode(), b"w"))
+    libc.malloc_info(0, stream)
+    libc.fclose(stream)
+    return file.read().count(b"<heap nr=")
+
+build_engine(load_config("ppo", ["model=tiny", "data=toy"]).engine, 1)
+before, together = count(), threading.Barrier(4)
+use = lambda: (together.wait(), torch.ones(1000), together.wait())
+threads = [threading.Thread(target=use) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(count() - before)
+"""
+
+
+@pytest.mark.parametrize(("wanted", "more"), [(None, False), ("8", True)])
+def test_threads_take_memory_from_one_place_where_nothing_else_is_asked_for(
+    wanted: str | None, more: bool
+) -> None:
+    if platform.libc_ver()[0] != "glibc":
+        return  # others have no such places
+    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+    environment |= {"MALLOC_ARENA_MAX": wanted} if wanted else {}
+    found = subprocess.run(
+        [sys.executable, "-c", NUM_ARENAS], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (int(found.stdout.split()[-1]) > 0) == more
 
 
 def test_every_worker_gets_as_much_as_the_others() -> None:

@@ -35,6 +35,7 @@ LAYERS = {
     "files": 1,
     "parents": 2,
     "processes": 1,
+    "rounding": 1,
     "metrics": 2,
     "training": 2,
     "training_state": 2,

@@ -32,7 +32,7 @@ def states_at(model: Any, tokens: Tensor, attention_mask: Tensor, rows: Tensor, 
     tokens, columns, inner = tokens.gather(1, index), columns - shift[rows], trunk(model)
     hidden = llama.hidden_states(inner, tokens, rows, columns)
     if hidden is not None:
-        return inner.norm(hidden)
+        return hidden
     return inner(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns]
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 
 from rlhf.models import attention
-from rlhf.models.lora import in_type_of_products, parts_of
+from rlhf.models.lora import parts_of, type_of_products
 from rlhf.models.products import GATE, PLAIN, Parts, RmsNorm, join, joined, products
 
 # Makes the function x (..., I) -> (..., O) of a weight (O, I) and a bias (O,).
@@ -30,13 +30,15 @@ MASKED = ("sdpa", attention.NAME)  # the kernels that take any mask
 
 
 def hidden_states(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
-    """Hidden states (N, H) before the last norm at N positions, row after row, of tokens (B, L) with no
-    padding before others; None where the model asks for anything that is not computed here.
+    """Last hidden states (N, H) at N positions, row after row, of tokens (B, L) with no padding before
+    others; None where the model asks for anything that is not computed here.
+
+    All are in the number type of products; weights of another are rounded to it.
     """
     layers = _layers(model, tokens.shape[1])
-    if layers is None or not in_type_of_products(model.embed_tokens.weight):
+    if layers is None:
         return None
-    x = model.embed_tokens(tokens)
+    x = model.embed_tokens(tokens).to(type_of_products(model.embed_tokens.weight))
     rotations = model.rotary_emb(x, torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0))
     wanted = _Wanted(rows, columns, tokens.shape) if model.config._attn_implementation in MASKED else None
     for index, (layer, parts) in enumerate(zip(model.layers, layers, strict=True)):
@@ -47,7 +49,7 @@ def hidden_states(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> 
             x = checkpoint(step, x, use_reentrant=False)
         else:
             x = step(x)
-    return x[rows, columns] if wanted is None else x
+    return _norm(model.norm, x[rows, columns] if wanted is None else x)
 
 
 class _Wanted:
@@ -76,7 +78,7 @@ def _next(
         states, mask = x[wanted.index], wanted.mask
         turns = (rotations[0][0, wanted.index[1]], rotations[1][0, wanted.index[1]])
         q = products(*_normed(norm, states), [query]).unflatten(-1, (-1, own.head_dim))
-        q = _Rotated.apply(own.q_norm(q) if hasattr(own, "q_norm") else q, *turns)
+        q = _Rotated.apply(_norm(own.q_norm, q) if hasattr(own, "q_norm") else q, *turns)
         q = q.new_zeros(*wanted.shape, *q.shape[1:]).index_put(wanted.slots, q)
     attend = AttentionInterface()[own.config._attn_implementation]
     heads = [each.transpose(1, 2) for each in (q, k, v)]
@@ -96,7 +98,7 @@ def _heads(own: Any, x: Tensor, rotations: tuple[Tensor, Tensor]) -> tuple[Tenso
     q_and_k, v = heads.split([num_queries + num_keys, num_keys], dim=-2)
     if hasattr(own, "q_norm"):
         q, k = q_and_k.split([num_queries, num_keys], dim=-2)
-        q_and_k = torch.cat([own.q_norm(q), own.k_norm(k)], dim=-2)
+        q_and_k = torch.cat([_norm(own.q_norm, q), _norm(own.k_norm, k)], dim=-2)
     q, k = _Rotated.apply(q_and_k, *rotations).split([num_queries, num_keys], dim=-2)
     return q, k, v
 
@@ -139,8 +141,9 @@ def steps(model: Any, prepare: Prepare) -> list[tuple[Any, Callable[..., Tensor]
         return None
     if any("forward" in vars(layer) for layer in model.layers):
         return None
+    kind = type_of_products(model.embed_tokens.weight)
     return [
-        (layer, functools.partial(_step, layer=layer, products=_prepared(parts, prepare)))
+        (layer, functools.partial(_step, layer=layer, products=_prepared(parts, prepare), kind=kind))
         for layer, parts in zip(model.layers, layers, strict=True)
     ]
 
@@ -165,18 +168,19 @@ def _step(  # noqa: PLR0913 (transformers' signature of a layer)
     *,
     layer: Any,
     products: Sequence[Callable[[Tensor], Tensor]],
+    kind: torch.dtype,
     **more: Any,
 ) -> Tensor:
-    """The hidden states (B, L, H) after a layer."""
+    """The hidden states (B, L, H) after a layer, in the number type `kind`."""
     assert position_embeddings is not None
-    own, x, (first, output, gate_up, down) = layer.self_attn, hidden_states, products
+    own, x, (first, output, gate_up, down) = layer.self_attn, hidden_states.to(kind), products
     num_keys = own.config.num_key_value_heads
     heads = first(_norm(layer.input_layernorm, x)).unflatten(-1, (-1, own.head_dim))
     q_and_k, v = heads[..., :-num_keys, :], heads[..., -num_keys:, :]
     if hasattr(own, "q_norm"):
-        q, k = own.q_norm(q_and_k[..., :-num_keys, :]), own.k_norm(q_and_k[..., -num_keys:, :])
-        q_and_k = torch.cat([q, k], dim=-2)
-    q_and_k = _rotated(q_and_k, *position_embeddings)
+        q, k = q_and_k[..., :-num_keys, :], q_and_k[..., -num_keys:, :]
+        q_and_k = torch.cat([_norm(own.q_norm, q), _norm(own.k_norm, k)], dim=-2)
+    q_and_k = _rotated(q_and_k, *(each.to(kind) for each in position_embeddings))
     q, k, v = (each.transpose(1, 2) for each in (q_and_k[..., :-num_keys, :], q_and_k[..., -num_keys:, :], v))
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, own.layer_idx)

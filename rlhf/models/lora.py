@@ -23,7 +23,7 @@ class LeanLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *arguments: Any, **more: Any) -> Tensor:
         """(..., I) -> (..., O) in the base's number type."""
         parts = None if arguments or more else parts_of(self)
-        if parts is None or parts.a is None or not in_type_of_products(parts.weight):
+        if parts is None or parts.a is None or type_of_products(parts.weight) != parts.weight.dtype:
             return super().forward(x, *arguments, **more)
         return products(PLAIN, [x.to(parts.weight.dtype)], [parts])
 
@@ -49,10 +49,10 @@ def parts_of(layer: Any) -> Parts | None:
     return Parts(weight, base.bias, a.weight, b.weight, layer.scaling[name])
 
 
-def in_type_of_products(weight: Tensor) -> bool:
-    """Whether products of this weight have its own number type, under autocast too."""
+def type_of_products(weight: Tensor) -> torch.dtype:
+    """The number type of products with this weight: its own, unless autocast sets another."""
     kind = weight.device.type
-    return not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == weight.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def merged_weight(layer: Any, weight: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from rlhf.rounding import rounded
+
 
 class Parts(NamedTuple):
     """What a linear layer computes with: W (outputs, I), its bias (outputs,), and A (rank, I) and B (outputs,
@@ -52,8 +54,8 @@ class RmsNorm:
     epsilon: float
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x (N, I), weight (I,) -> (N, I)."""
-        return functional.rms_norm(x, weight.shape, weight, self.epsilon)
+        """x (N, I), weight (I,) -> (N, I) in the number type of x."""
+        return functional.rms_norm(x, weight.shape, weight.to(x.dtype), self.epsilon)
 
     def again(self, x: Tensor, weight: Tensor) -> list[Tensor]:
         """The output, x / norm in float32, and 1 / norm (N, 1)."""
@@ -61,7 +63,7 @@ class RmsNorm:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact)
         scale = norm.square_().div_(x.shape[1]).add_(self.epsilon).rsqrt_()
         unit = x * scale
-        return [unit.to(x.dtype) * weight, unit, scale]
+        return [unit.to(x.dtype) * weight.to(x.dtype), unit, scale]
 
     def backward(self, grad: Tensor, steps: list[Tensor], x: Tensor, weight: Tensor) -> list[Tensor | None]:
         """The gradients of x, computed in float32, and of weight."""
@@ -119,8 +121,8 @@ def joined(weights: Sequence[Tensor]) -> Tensor:
 
 
 def products(before: Before, inputs: Sequence[Tensor], layers: Sequence[Parts]) -> Tensor:
-    """Outputs (..., O) of layers that share the input (..., I) that `before` makes of `inputs`, all of them
-    in the weights' number type.
+    """Outputs (..., O) of layers that share the input (..., I) that `before` makes of `inputs`, in the number
+    type of the first of these; weights of another type are rounded to it.
     """
     rows = [each.reshape(-1, each.shape[-1]) if each.dim() > 1 else each for each in inputs]
     weights = [tensor for layer in layers for tensor in layer[:4]]
@@ -128,29 +130,34 @@ def products(before: Before, inputs: Sequence[Tensor], layers: Sequence[Parts]) 
     return y.view(*inputs[0].shape[:-1], y.shape[-1])
 
 
+def whole_weight(layers: Sequence[Parts], dtype: torch.dtype) -> Tensor:
+    """The matrices W (O, I) of layers below one another, in a number type."""
+    weights = [layer.weight for layer in layers]
+    return rounded(weights[0].detach() if len(layers) == 1 else joined(weights), dtype)
+
+
 class Whole:
     """Layers as one: W (O, I), bias (O,), A (r, I) of all adapters in W's number type, and B (O, r), where
     each adapter has rows and columns of its own.
     """
 
-    def __init__(self, layers: Sequence[Parts]) -> None:
-        weights = [layer.weight for layer in layers]
-        self.weight = weights[0].detach() if len(layers) == 1 else joined(weights)
-        self.bias, self.a, self.b = None, None, None
+    def __init__(self, layers: Sequence[Parts], weight: Tensor) -> None:
+        kind = weight.dtype
+        self.weight, self.bias, self.a, self.b = weight, None, None, None
         if any(layer.bias is not None for layer in layers):
             biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias, *_ in layers]
-            self.bias = torch.cat(biases)
+            self.bias = torch.cat(biases).to(kind)
         factors = [layer.a for layer in layers if layer.a is not None]
         if factors:
-            kind = self.weight.dtype
             self.a = (torch.cat(factors) if len(factors) > 1 else factors[0]).to(kind)
-            blocks = [w.new_zeros(len(w), 0) if b is None else (b * s).to(kind) for w, _, _, b, s in layers]
+            blocks = [w.new_zeros(len(w), 0) if b is None else b * s for w, _, _, b, s in layers]
+            blocks = [block.to(kind) for block in blocks]
             self.b = torch.block_diag(*blocks) if len(blocks) > 1 else blocks[0]
         # Added to W where that is so narrow that this takes fewer operations than the products with A and B,
         # and nothing is rounded by it.
         self.folded = (
             self.a is not None
-            and factors[0].dtype == self.weight.dtype
+            and factors[0].dtype == kind
             and self.weight.numel() <= 2 * len(self.a) * sum(self.weight.shape)
         )
         if self.folded and self.a is not None and self.b is not None:
@@ -160,16 +167,18 @@ class Whole:
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, before: Before, scalings: list[float], num_inputs: int, *tensors: Tensor) -> Tensor:
-        inputs, whole = tensors[:num_inputs], Whole(_layers(tensors[num_inputs:], scalings))
-        hidden = None
+        inputs, layers, hidden = tensors[:num_inputs], _layers(tensors[num_inputs:], scalings), None
         with torch.autocast(inputs[0].device.type, enabled=False):
             x = before.forward(*inputs)
+            weight = whole_weight(layers, x.dtype)
+            whole = Whole(layers, weight)
             y = functional.linear(x, whole.weight, whole.bias)
             if whole.a is not None and whole.b is not None and not whole.folded:
                 hidden = x @ whole.a.t()
                 y.addmm_(hidden, whole.b.t())
         ctx.save_for_backward(*tensors, hidden)
         ctx.before, ctx.scalings, ctx.num_inputs = before, scalings, num_inputs
+        ctx.rounded = None if weight.dtype == layers[0].weight.dtype else weight
         return y
 
     @staticmethod
@@ -177,9 +186,8 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *saved, hidden = ctx.saved_tensors
         inputs, layers = saved[: ctx.num_inputs], _layers(saved[ctx.num_inputs :], ctx.scalings)
-        whole, low = Whole(layers), None
-        if hidden is not None and whole.b is not None:
-            low = grad @ whole.b
+        whole = Whole(layers, whole_weight(layers, grad.dtype) if ctx.rounded is None else ctx.rounded)
+        low = None if hidden is None or whole.b is None else grad @ whole.b
         steps, of_inputs = ctx.before.again(*inputs), [None] * len(inputs)
         if any(ctx.needs_input_grad[3 : 3 + len(inputs)]):
             of_output = grad @ whole.weight
@@ -213,8 +221,10 @@ def _weight_gradients(  # noqa: PLR0913 (the tensors of the equation)
     for weight, bias, a, b, scaling in layers:
         rows = slice(row, row + len(weight))
         row = rows.stop
-        found += [of_weight[rows] if of_weight is not None and weight.requires_grad else None]
-        found += [grad[:, rows].sum(0) if bias is not None and bias.requires_grad else None]
+        found += [
+            of_weight[rows].to(weight.dtype) if of_weight is not None and weight.requires_grad else None
+        ]
+        found += [grad[:, rows].sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None]
         columns = slice(column, column + (0 if a is None else len(a)))
         column = columns.stop
         if a is None or b is None or of_a is None or of_b is None or not a.requires_grad:

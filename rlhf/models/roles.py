@@ -168,10 +168,10 @@ def build_roles(config: Any, engine: Engine) -> Roles:
     else:
         roles = _on_own_trunks(policy, trained, config, engine, from_reward_model=from_reward_model)
     models = roles.actor_critic
-    for model in (models.policy, models.critic, roles.reference.model):
-        if model is not None:
-            llama.join_weights(trunk(model))
+    if roles.reference.model is not None:
+        llama.join_weights(trunk(roles.reference.model))
     for model in {id(model): model for model in (models.policy, models.critic) if model is not None}.values():
+        llama.join_weights(trunk(model))
         _switch_off_dropout(model)
         # Recomputing in the backward pass is a matter of training mode, which changes nothing else here.
         model.train(config.gradient_checkpointing)

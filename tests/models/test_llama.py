@@ -36,6 +36,15 @@ def model_of(folder: Path, family: str, adapter: str = "none", rank: int = 2, se
     return model
 
 
+def rounded(model: Any, *, keep_trained: bool = False) -> Any:
+    """A copy with weights in bfloat16."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        if not (keep_trained and parameter.requires_grad):
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
 ROWS, COLUMNS = torch.tensor([0, 0, 0, 1]), torch.tensor([1, 4, 5, 3])
 
 
@@ -50,7 +59,7 @@ def states_of(model: Any, tokens: Tensor = TOKENS) -> Tensor | None:
 def ours(model: Any, tokens: Tensor) -> Tensor:
     found = states_of(trunk(model), tokens)
     assert found is not None
-    return trunk(model).norm(found)
+    return found
 
 
 def outputs_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
@@ -77,26 +86,37 @@ def test_states_and_gradients_are_those_of_transformers(
         assert (one - two).norm() <= 3e-5 * two.norm()
 
 
+@pytest.mark.parametrize("adapter", ["none", "lora"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_in_bfloat16_they_are_as_near_to_the_truth(tmp_path: Path, family: str) -> None:
+def test_in_bfloat16_they_are_as_near_to_the_truth(tmp_path: Path, family: str, adapter: str) -> None:
     # A few models are near a step of the rounding, and dominate any sum: the geometric mean of twelve.
     errors = torch.zeros(2, 2)
     for seed in range(12):
-        model = model_of(tmp_path, family, "lora", seed=seed)
-        for parameter in model.parameters():
-            parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
+        whole = model_of(tmp_path, family, adapter, seed=seed)
+        model = rounded(whole, keep_trained=adapter != "none")
         exact_model = copy.deepcopy(model).float()
         exact = outputs_and_gradients(exact_model, theirs(exact_model, TOKENS))
-        for column, states in enumerate((ours, theirs)):
+        ways = ((whole if adapter == "none" else model, ours), (model, theirs))
+        for column, (one, states) in enumerate(ways):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                found = states(model, TOKENS).float()
-            pairs = list(zip(outputs_and_gradients(model, found), exact, strict=True))
+                found = states(one, TOKENS).float()
+            pairs = list(zip(outputs_and_gradients(one, found), exact, strict=True))
             for row, part in enumerate((pairs[:1], pairs[1:])):
                 wrong, right = (
                     torch.cat([each.flatten() for each in some]) for some in zip(*part, strict=True)
                 )
                 errors[row, column] += ((wrong - right).norm() / right.norm()).log() / 12
     assert errors.exp().min() > 0.005 and (errors[:, 0] - errors[:, 1] < 0.2).all(), errors.exp()
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_whole_weights_under_rounded_products_have_the_states_of_rounded_weights(
+    tmp_path: Path, family: str
+) -> None:
+    model = model_of(tmp_path, family)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ours(model, TOKENS)
+        assert found.dtype == torch.bfloat16 and found.equal(ours(rounded(model), TOKENS))
 
 
 def test_an_adapter_that_does_not_act_changes_nothing(tmp_path: Path) -> None:
@@ -120,8 +140,6 @@ def test_whatever_is_not_computed_here_is_left_to_transformers(tmp_path: Path) -
     assert states_of(window) is not None
     assert states_of(window, longer) is None, "a sliding window"
     model = trunk(model_of(tmp_path, "llama"))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert states_of(model) is None, "trained weights that autocast rounds"
     layer: Any = model.layers[0].mlp.up_proj
     layer.forward = layer.forward
     assert states_of(model) is None, "a layer whose forward somebody else has set"

@@ -35,7 +35,8 @@ def test_logits_are_those_of_the_plain_layers(tmp_path: Path, family: str, held:
     assert len(changed) >= 1
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(after, plain)
-    error = (plain.float() - expected).norm()
+    with ENGINE.autocast():  # states between layers are rounded as well, as where weights are held so
+        error = (load(tmp_path, family).bfloat16()(tokens).logits.float() - expected).norm()
     assert error > 0 and (found.float() - expected).norm() < 1.2 * error
 
 
@@ -57,6 +58,7 @@ def test_small_models_in_float32_have_joined_layers_that_compute_the_same(
 ) -> None:
     write_family(tmp_path, family)
     model = load(tmp_path, family)
+    torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape) if "bias" in name or "norm" in name else 0.0)
     prompts = left_pad([[1, 5, 9, 30, 12], [8, 3]], 0)

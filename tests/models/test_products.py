@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlhf.models.products import GATE, PLAIN, Before, Parts, RmsNorm, Whole, join, joined, products
+from rlhf.models.products import (
+    GATE,
+    PLAIN,
+    Before,
+    Parts,
+    RmsNorm,
+    Whole,
+    join,
+    joined,
+    products,
+    whole_weight,
+)
 
 NORM = RmsNorm(1e-5)
 
@@ -52,11 +63,14 @@ def layers_of(width: int, rank: int) -> list[Parts]:
     return [*layers, Parts(numbers(sizes[3], width, seed=next(seeds), trained=False))]
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("rank", [1, 3])  # with the second it is cheaper to add the adapters to the weights
 @pytest.mark.parametrize("before", [PLAIN, NORM, GATE], ids=["plain", "norm", "gate"])
-def test_values_and_gradients_are_those_of_the_equations(before: Before, rank: int) -> None:
+def test_values_and_gradients_are_those_of_the_equations(before: Before, rank: int, together: bool) -> None:
     inputs, layers = inputs_of(before, 7), layers_of(7, rank)
-    assert Whole(layers).folded == (rank == 3)
+    if together:
+        join([layer.weight for layer in layers])
+    assert Whole(layers, whole_weight(layers, torch.float64)).folded == (rank == 3)
     tensors = [*inputs, *itertools.chain(*(layer[:4] for layer in layers))]
     trained = [each for each in tensors if each is not None and each.requires_grad]
     assert len(trained) >= 5
