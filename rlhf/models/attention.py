@@ -6,6 +6,7 @@ rows, H heads, K key heads (each serves G = H / K query heads), Q queries, T key
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ NAME = "rlhf_plain"
 # With more keys than this the squares of plain attention cost more than the fused kernel.
 MAX_KEYS = 512
 
-# Queries that are computed at a time where attention is causal: no product with keys that none of them sees.
-BLOCK = 32
-
 # Heads of less width than this make products of so few columns that their transposes are faster.
 NARROW = 32
+
+# Queries that are computed at a time where attention is causal: no product with keys that none of them sees.
+BLOCK = 32
+BLOCK_NARROW = 16
 
 
 def plain_attention(  # noqa: PLR0913 (transformers' signature of an attention function)
@@ -79,14 +81,13 @@ class _Causal(torch.autograd.Function):
     def forward(  # noqa: PLR0913 (the tensors of the equation)
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, group: int
     ) -> Tensor:
-        blocks = _blocks(q.shape[1] // group, k.shape[1], group)
+        size = BLOCK if q.shape[2] >= NARROW else BLOCK_NARROW
+        blocks = _blocks(q.shape[1] // group, k.shape[1], group, size)
         result, weights = torch.empty_like(q), []
         for rows, keys in blocks:
-            products = torch.baddbmm(q.new_zeros(()), q[:, rows], k[:, :keys].mT, beta=0, alpha=scale)
-            queries = (rows.stop - rows.start) // group
-            hidden = torch.ones(queries, queries, dtype=torch.bool, device=q.device).triu(1)
-            products[..., keys - queries :].masked_fill_(hidden.repeat_interleave(group, 0), -torch.inf)
-            weights.append(products.softmax(-1))
+            mask = _future((rows.stop - rows.start) // group, keys, group, q.dtype, q.device)
+            seen = torch.baddbmm(mask.expand(len(q), -1, -1), q[:, rows], k[:, :keys].mT, alpha=scale)
+            weights.append(seen.softmax(-1))
             result[:, rows] = _product(weights[-1], v[:, :keys])
         ctx.save_for_backward(q, k, v, *weights)
         ctx.scale, ctx.blocks = scale, blocks
@@ -98,25 +99,34 @@ class _Causal(torch.autograd.Function):
         q, k, v, *weights = ctx.saved_tensors
         grad_q = torch.empty_like(q)
         exact = torch.promote_types(q.dtype, torch.float32)
-        grad_k, grad_v = (torch.zeros_like(x.mT, dtype=exact) for x in (k, v))
-        for (rows, keys), weight in zip(ctx.blocks, weights, strict=True):
+        sums: list[Tensor] = []  # of k and v
+        for (rows, keys), weight in reversed(list(zip(ctx.blocks, weights, strict=True))):
             grad_weight = torch.bmm(grad[:, rows], v[:, :keys].mT)
             grad_products = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
             grad_q[:, rows] = _product(grad_products, k[:, :keys])
-            grad_k[..., :keys] += torch.bmm(q[:, rows].mT, grad_products)
-            grad_v[..., :keys] += torch.bmm(grad[:, rows].mT, weight)
-        grad_k, grad_v = (x.mT for x in (grad_k.mul_(ctx.scale), grad_v))
+            parts = [torch.bmm(q[:, rows].mT, grad_products), torch.bmm(grad[:, rows].mT, weight)]
+            for total, part in zip(sums, parts, strict=False):
+                total[..., :keys] += part
+            sums = sums or [part.to(exact) for part in parts]  # the last block comes first, and sees all keys
+        grad_k, grad_v = (total.mT for total in (sums[0].mul_(ctx.scale), sums[1]))
         return grad_q.mul_(ctx.scale), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
 
 
-def _blocks(queries: int, keys: int, group: int) -> list[tuple[slice, int]]:
-    """Rows of each block of queries, and the number of keys that its last query sees."""
-    stops = [min(start + BLOCK, queries) for start in range(0, queries, BLOCK)]
+def _blocks(queries: int, keys: int, group: int, size: int) -> list[tuple[slice, int]]:
+    """Rows of each block of `size` queries, and the number of keys that its last query sees."""
+    stops = [min(start + size, queries) for start in range(0, queries, size)]
     starts = [0, *stops]
     return [
         (slice(start * group, stop * group), keys - queries + stop)
         for start, stop in zip(starts, stops, strict=False)
     ]
+
+
+@functools.lru_cache(maxsize=256)
+def _future(queries: int, keys: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to a block's products (queries * group, T): minus infinity where the key is ahead."""
+    ahead = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
+    return torch.zeros_like(ahead, dtype=dtype).masked_fill_(ahead, -torch.inf).repeat_interleave(group, 0)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

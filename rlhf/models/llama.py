@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 
@@ -39,7 +40,9 @@ def hidden_states(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> 
     if layers is None:
         return None
     x = model.embed_tokens(tokens).to(type_of_products(model.embed_tokens.weight))
-    rotations = model.rotary_emb(x, torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0))
+    cosines, sines = model.rotary_emb(x, torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0))
+    config = model.config
+    rotations = _Rotations.of(cosines[0], sines[0], config.num_attention_heads, config.num_key_value_heads)
     wanted = _Wanted(rows, columns, tokens.shape) if model.config._attn_implementation in MASKED else None
     for index, (layer, parts) in enumerate(zip(model.layers, layers, strict=True)):
         step = functools.partial(_next, layer=layer, parts=parts, rotations=rotations)
@@ -66,61 +69,101 @@ class _Wanted:
         self.mask = (keys <= last_keys.unsqueeze(-1)).unsqueeze(1)  # (B, 1, Q, L)
 
 
+class _Rotations(NamedTuple):
+    """What positions (L or N) multiply heads with, beside one another, to turn them: queries, keys, and
+    values, which do not turn. Su et al. 2021, https://arxiv.org/abs/2104.09864
+    """
+
+    cosines: Tensor  # (L, heads * D)
+    sines: Tensor
+    num_queries: int
+    num_keys: int
+
+    @classmethod
+    def of(cls, cosines: Tensor, sines: Tensor, num_queries: int, num_keys: int) -> _Rotations:
+        """From cosines and sines (L, D), each of two equal halves."""
+        half = cosines.shape[1] // 2
+        turned, still = num_queries + num_keys, cosines.new_zeros(num_keys * cosines.shape[1])
+        signed = torch.cat([-sines[:, :half], sines[:, half:]], dim=1)
+        wide = [each.repeat(1, turned) for each in (cosines, signed)]
+        rest = [each.expand(len(cosines), -1) for each in (still + 1, still)]
+        tables = [torch.cat(pair, dim=1) for pair in zip(wide, rest, strict=True)]
+        return cls(tables[0], tables[1], num_queries, num_keys)
+
+    def part(self, start: int, stop: int, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The tables of some heads, at all positions or at N columns."""
+        width = self.cosines.shape[1] // (self.num_queries + 2 * self.num_keys)
+        tables = [each[:, start * width : stop * width] for each in self[:2]]
+        tables = tables if columns is None else [each[columns] for each in tables]
+        return tables[0], tables[1]
+
+
 def _next(
-    x: Tensor, layer: Any, parts: list[Parts], rotations: tuple[Tensor, Tensor], wanted: _Wanted | None = None
+    x: Tensor, layer: Any, parts: list[Parts], rotations: _Rotations, wanted: _Wanted | None = None
 ) -> Tensor:
     """The hidden states (B, L, H) after a layer, from those before it; (N, H) where some alone are wanted."""
     own, (query, key, value, output, gate, up, down) = layer.self_attn, parts
     norm, states, mask = layer.input_layernorm, x, None
-    first = [query, key, value] if wanted is None else [key, value]
-    q, k, v = _heads(own, products(*_normed(norm, x), first), rotations)
+    num_queries, num_keys = rotations.num_queries, rotations.num_keys
+    first, start = ([query, key, value], 0) if wanted is None else ([key, value], num_queries)
+    heads = _heads(own, products(*_normed(norm, x), first), num_queries - start, num_keys)
+    heads = _turned(heads, *rotations.part(start, num_queries + 2 * num_keys))
+    q, k, v = heads.split([num_queries - start, num_keys, num_keys], dim=-2)
     if wanted is not None:
         states, mask = x[wanted.index], wanted.mask
-        turns = (rotations[0][0, wanted.index[1]], rotations[1][0, wanted.index[1]])
-        q = products(*_normed(norm, states), [query]).unflatten(-1, (-1, own.head_dim))
-        q = _Rotated.apply(_norm(own.q_norm, q) if hasattr(own, "q_norm") else q, *turns)
+        q = _heads(own, products(*_normed(norm, states), [query]), num_queries, 0)
+        q = _turned(q, *rotations.part(0, num_queries, wanted.index[1]))
         q = q.new_zeros(*wanted.shape, *q.shape[1:]).index_put(wanted.slots, q)
     attend = AttentionInterface()[own.config._attn_implementation]
-    heads = [each.transpose(1, 2) for each in (q, k, v)]
-    found, _ = attend(own, *heads, mask, dropout=0.0, scaling=own.scaling)
+    found, _ = attend(
+        own, *(each.transpose(1, 2) for each in (q, k, v)), mask, dropout=0.0, scaling=own.scaling
+    )
     found = (found if wanted is None else found[wanted.slots]).flatten(-2)
     x = states + products(PLAIN, [found], [output])
     gated = products(*_normed(layer.post_attention_layernorm, x), [gate, up])
     return x + products(GATE, [gated], [down])
 
 
-def _heads(own: Any, x: Tensor, rotations: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, L, heads, D) of the products (B, L, -) with their matrices; there may be
-    no queries among them.
+def _heads(own: Any, x: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    """Heads (..., heads, D) of products (..., -) with their matrices: queries and keys, normed where the
+    family does so, and what follows them.
     """
-    heads, num_keys = x.unflatten(-1, (-1, own.head_dim)), own.config.num_key_value_heads
-    num_queries = heads.shape[-2] - 2 * num_keys
-    q_and_k, v = heads.split([num_queries + num_keys, num_keys], dim=-2)
-    if hasattr(own, "q_norm"):
-        q, k = q_and_k.split([num_queries, num_keys], dim=-2)
-        q_and_k = torch.cat([_norm(own.q_norm, q), _norm(own.k_norm, k)], dim=-2)
-    q, k = _Rotated.apply(q_and_k, *rotations).split([num_queries, num_keys], dim=-2)
-    return q, k, v
+    heads = x.unflatten(-1, (-1, own.head_dim))
+    if not hasattr(own, "q_norm"):
+        return heads
+    q, k, rest = heads.tensor_split([num_queries, num_queries + num_keys], dim=-2)
+    return torch.cat([_norm(own.q_norm, q), _norm(own.k_norm, k), rest], dim=-2)
 
 
-class _Rotated(torch.autograd.Function):
-    """Rotary positions: x (..., heads, D), cosines and sines (..., D), each of two equal halves. Su et al.
-    2021, https://arxiv.org/abs/2104.09864
+def _turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    return _Turned.apply(heads.flatten(-2), cosines, sines, heads.shape[-1]).view(heads.shape)
+
+
+class _Turned(torch.autograd.Function):
+    """Rotary positions: x (..., heads * D) times cosines, plus its heads with their halves swapped times
+    sines, (..., heads * D).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor, width: int) -> Tensor:
         ctx.save_for_backward(cosines, sines)
-        return _rotated(x, cosines, sines)
+        ctx.width = width
+        return (x * cosines).addcmul_(_swapped(x, width), sines)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cosines, sines = ctx.saved_tensors
-        return _rotated(grad, cosines, -sines), None, None
+        return (grad * cosines).addcmul_(_swapped(grad, ctx.width), sines, value=-1), None, None, None
+
+
+def _swapped(x: Tensor, width: int) -> Tensor:
+    halves = x.view(*x.shape[:-1], -1, 2, width // 2)
+    return torch.cat([halves[..., 1:, :], halves[..., :1, :]], dim=-2).view(x.shape)
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """x (..., heads, D) turned by cosines and sines (..., D), each of two equal halves."""
     half, sines = x.shape[-1] // 2, sines[..., : x.shape[-1] // 2].unsqueeze(-2)
     found = x * cosines.unsqueeze(-2)
     found[..., :half].addcmul_(x[..., half:], sines, value=-1)
@@ -191,7 +234,7 @@ def _step(  # noqa: PLR0913 (transformers' signature of a layer)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
-    return RmsNorm(norm.variance_epsilon).forward(x, norm.weight)
+    return functional.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.variance_epsilon)
 
 
 def join_weights(model: Any) -> None:
