@@ -69,6 +69,8 @@ imports_are_there() {
 import importlib.util, sys
 needed = "accelerate bitsandbytes datasets filelock gguf huggingface_hub hydra matplotlib numpy omegaconf peft psutil safetensors sklearn"
 needed += " tensorboard tokenizers torch tqdm transformers trl yaml"
+if sys.argv[1] != "run":
+    needed += " deepspeed"
 if sys.argv[1] == "dev":
     needed += " mypy pytest ruff xdist"
 missing = [name for name in needed.split() if importlib.util.find_spec(name) is None]
@@ -82,12 +84,12 @@ PYTHON
 install() {
   local wanted stamp extras=.
   wanted=$(cat "$project/constraints.txt" "$project/pyproject.toml" | cksum)
-  for stamp in "$environment/$stamp_name-dev" "$environment/$stamp_name"; do
-    case $need:$stamp in dev:*"$stamp_name") continue ;; esac
+  for stamp in "$environment/$stamp_name"-dev "$environment/$stamp_name"-deepspeed "$environment/$stamp_name"; do
+    case $need:$stamp in dev:*-deepspeed | dev:*"$stamp_name" | deepspeed:*"$stamp_name") continue ;; esac
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return; fi
   done
   if [ "$owner" = user ] && imports_are_there "$need"; then return; fi
-  [ "$need" = dev ] && extras='.[dev]'
+  [ "$need" = run ] || extras=".[$need]"
 
   say "installing into $environment (once; some minutes and gigabytes, most of them torch)"
   log=$environment/rlhf-pipeline-install.log
@@ -96,7 +98,7 @@ install() {
   run_pip "torch" torch
   run_pip "the other packages" -e "$extras"
   stamp=$environment/$stamp_name
-  [ "$need" = dev ] && stamp=$stamp-dev
+  [ "$need" = run ] || stamp=$stamp-$need
   printf '%s\n' "$wanted" >"$stamp.part"
   mv "$stamp.part" "$stamp"
   say "installed"
@@ -167,6 +169,7 @@ for word in ${1+"$@"}; do
   case $word in
     help | --help | -h) help=yes ;;
     stage=test) need=dev ;;
+    engine=zero*) [ "$need" = dev ] || need=deepspeed ;;
   esac
 done
 if [ -n "$help" ]; then

@@ -48,7 +48,7 @@ FREE_ON_RESUME = {
     "hostfile",
     "main_port",
 }
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
 
 
 class StageFolder:

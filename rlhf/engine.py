@@ -22,6 +22,7 @@ import torch
 from rlhf import workers
 from rlhf.processes import ALONE, Processes, processes
 from rlhf.rounding import rounded_once
+from rlhf.zero import ShardedAdamW, deepspeed_settings
 
 # Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length and to
 # hold a pass's activations. On a processor small models need more of them, and so do full weights, whose
@@ -61,6 +62,7 @@ class Engine:
     kept_tokens: int = KEPT_TOKENS
     workers: int = 1
     processes: Processes = ALONE
+    deepspeed: dict[str, Any] | None = None
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -125,6 +127,18 @@ class Engine:
         """`function` of each item, in order, computed by `workers` threads of this process."""
         return workers.side_by_side(function, items, workers=self.workers, device=self.device.type)
 
+    def adamw(
+        self, models: Sequence[Sequence[dict[str, Any]]], *, clip: float, epsilon: float
+    ) -> torch.optim.Optimizer:
+        """AdamW for the parameter groups, with `lr` and `weight_decay`, of some models.
+
+        Where DeepSpeed shares it out it clips each model's gradient itself.
+        """
+        if self.deepspeed is not None:
+            return ShardedAdamW(models, self.deepspeed, self.processes, clip=clip, epsilon=epsilon)
+        groups = [group for model in models for group in model]
+        return torch.optim.AdamW(groups, eps=epsilon, fused=True)
+
     def shared_out(self, function: Callable[[Any], torch.Tensor], items: Sequence[Any]) -> list[torch.Tensor]:
         """`function` of each item, in order, computed by all processes and their workers."""
         found = self.side_by_side(function, self.processes.share(items))
@@ -166,14 +180,19 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
         kept_tokens = KEPT_TOKENS_FULL_WEIGHTS if full_weights else KEPT_TOKENS
         if num_parameters < SMALL_MODEL:
             tokens_per_pass, kept_tokens = TOKENS_PER_PASS_SMALL_MODEL, KEPT_TOKENS_SMALL_MODEL
+    deepspeed, wanted = (
+        deepspeed_settings(settings),
+        settings.workers or (MOST_WORKERS if on_processor else 1),
+    )
     return Engine(
         device,
         dtype,
         settings.micro_batch_size,
         settings.tokens_per_pass or tokens_per_pass,
         kept_tokens if settings.kept_tokens is None else settings.kept_tokens,
-        min(settings.workers or (MOST_WORKERS if on_processor else 1), torch.get_num_threads()),
+        1 if deepspeed else min(wanted, torch.get_num_threads()),
         processes(),
+        deepspeed,
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.batches import Experience, Rollout
 from rlhf.engine import Engine
@@ -25,8 +25,12 @@ from rlhf.numerics.losses import policy_loss, value_loss
 from rlhf.numerics.masked import masked_mean
 from rlhf.pretraining_mix import PretrainingMix
 from rlhf.training_state import permutation
+from rlhf.zero import ShardedAdamW
 
 ADAM_EPSILON = 1e-5
+
+# The places of the two models in the optimizer.
+POLICY, CRITIC = 0, 1
 
 # What an optimizer step says of the policy, summed over micro-batches.
 POLICY_TERMS = ("policy_loss", "entropy", "ratio", "approx_kl", "clip_fraction")
@@ -88,7 +92,7 @@ class FirstStep(Passes):
 
         learner.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            [self.value_loss] = learner.descend(terms, range(self.num_first))
+            [self.value_loss] = learner.descend(terms, range(self.num_first), model=CRITIC)
 
         def values_of(number: int) -> Tensor:
             own = found.get(number)
@@ -109,8 +113,9 @@ class Learner:
             {"params": models.policy_parameters(), "lr": config.learning_rate},
             {"params": models.critic_parameters(), "lr": config.critic_learning_rate},
         ]
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            groups, eps=ADAM_EPSILON, weight_decay=0.0, fused=True
+        groups = [{**group, "weight_decay": 0.0} for group in groups if group["params"]]
+        self.optimizer = engine.adamw(
+            [[group] for group in groups], clip=config.clip.grad_norm, epsilon=ADAM_EPSILON
         )
 
     def set_learning_rates(self, step: int) -> None:
@@ -120,9 +125,8 @@ class Learner:
         config = self.config
         warm = min(1.0, step / max(config.warmup_updates, 1))
         left = (config.updates - step + 1) / max(config.updates - config.warmup_updates, 1)
-        for group, rate in zip(
-            self.optimizer.param_groups, (config.learning_rate, config.critic_learning_rate), strict=True
-        ):
+        rates = (config.learning_rate, config.critic_learning_rate)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=False):  # there may be no critic
             group["lr"] = rate * min(warm, left, 1.0)
 
     def first_step(self, rollout: Rollout, *, step: int) -> FirstStep:
@@ -180,38 +184,42 @@ class Learner:
             values, own = self.models.values(piece.rollout), piece.rollout.response_mask
             return self.value_terms(values, piece.values, piece.returns, own, denominator=denominator)
 
-        terms = self.descend(policy_terms, list(enumerate(pieces)))
+        terms = self.descend(policy_terms, list(enumerate(pieces)), last=texts is None)
         totals = dict(zip(POLICY_TERMS, terms, strict=True))
         if self.models.critic is not None and first is not None:
             totals["value_loss"] = first.value_loss
         elif self.models.critic is not None:
             with self.models.as_critic():
-                [totals["value_loss"]] = self.descend(value_terms, pieces)
+                [totals["value_loss"]] = self.descend(value_terms, pieces, model=CRITIC)
         if texts is not None:
             num_tokens = texts.response_mask.sum()
             rollouts = [texts.rows(index) for index in self.engine.micro_batches(texts.lengths())]
             text_terms = functools.partial(self.text_terms, denominator=num_tokens)
             [totals["ptx_loss"]] = self.descend(text_terms, rollouts)
-        norms = {
-            "policy_grad_norm": torch.nn.utils.clip_grad_norm_(
-                self.models.policy_parameters(), self.config.clip.grad_norm
-            ),
-        }
-        if self.models.critic is not None:
-            norms["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(
-                self.models.critic_parameters(), self.config.clip.grad_norm
-            )
-        totals |= {name: float(norm) for name, norm in norms.items()}
+        totals |= dict(zip(("policy_grad_norm", "critic_grad_norm"), self.clipped_norms(), strict=False))
         check_finite(totals, self.step)
         self.optimizer.step()
         return totals
 
-    def descend(self, terms: Callable[[Any], Tensor], pieces: Sequence[Any]) -> list[float]:
+    def clipped_norms(self) -> list[float]:
+        """The norms of the gradients of policy and critic, which are clipped by them."""
+        if isinstance(self.optimizer, ShardedAdamW):
+            return self.optimizer.norms()
+        trained = [self.models.policy_parameters()]
+        trained += [] if self.models.critic is None else [self.models.critic_parameters()]
+        return [float(nn.utils.clip_grad_norm_(each, self.config.clip.grad_norm)) for each in trained]
+
+    def descend(
+        self, terms: Callable[[Any], Tensor], pieces: Sequence[Any], *, model: int = POLICY, last: bool = True
+    ) -> list[float]:
         """Accumulate the gradient of the sum over pieces of the first term; return the sums of the others.
 
         Each worker goes through its pieces, one forward and backward after the other, and sums its own
-        gradients: the result does not depend on which is first.
+        gradients: the result does not depend on which is first. An optimizer that is shared out learns
+        whose gradient it is, and whether it is the `last` before a step.
         """
+        if isinstance(self.optimizer, ShardedAdamW):
+            return self._descend_sharded(terms, pieces, self.optimizer, model=model, last=last)
         parameters = [*self.models.policy_parameters(), *self.models.critic_parameters()]
         no_gradients: list[Tensor | None] = [None] * len(parameters)
 
@@ -238,6 +246,24 @@ class Learner:
         for parameter, gradient in zip(parameters, sums, strict=True):
             parameter.grad = gradient
         return functools.reduce(torch.add, processes.all_of(totals))[1:].tolist()
+
+    def _descend_sharded(
+        self,
+        terms: Callable[[Any], Tensor],
+        pieces: Sequence[Any],
+        optimizer: ShardedAdamW,
+        *,
+        model: int,
+        last: bool,
+    ) -> list[float]:
+        rounds, totals = self.engine.processes.rounds(pieces), torch.zeros(())
+        with self.engine.autocast():
+            for number, (piece, weight) in enumerate(rounds, start=1):
+                found = weight * terms(piece)
+                with self.engine.no_autocast():
+                    optimizer.backward(found[0], model=model, last=last and number == len(rounds))
+                totals = totals + found.detach().cpu()
+        return functools.reduce(torch.add, self.engine.processes.all_of(totals))[1:].tolist()
 
     def policy_outputs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The policy's log-probs and entropies (B, R), with what its gradient needs."""

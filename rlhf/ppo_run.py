@@ -291,9 +291,10 @@ class PPORun:
             "first": self.first,
             "last": self.last,
         }
+        moments = self.learner.optimizer.state_dict()
         self.folder.new_state(
             step,
-            lambda folder: save_training_state(folder, self.models, self.learner.optimizer, values),
+            lambda folder: save_training_state(folder, self.models, moments, values),
             keep_last=self.config.keep_last,
         )
         self.drop_old_bests()

@@ -12,6 +12,7 @@ import contextvars
 import datetime
 import functools
 import os
+import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,13 @@ class Processes:
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's part of the items: every `count`-th."""
         return items[self.rank :: self.count]
+
+    def rounds(self, items: Sequence[T]) -> list[tuple[T, float]]:
+        """This process's part of the items, as many as every process has: item 0 stands where one is missing,
+        with weight 0 instead of 1.
+        """
+        own = [(item, 1.0) for item in self.share(items)]
+        return own + [(items[0], 0.0)] * (-(-len(items) // self.count) - len(own))
 
     def gathered(self, mine: Sequence[T], total: int) -> list[T]:
         """What all processes made of their shares, in the order of the `total` items."""
@@ -148,11 +156,12 @@ def processes() -> Processes:
 
 def leave() -> None:
     """Part from the others, once all have come here: torch aborts a process that ends while it is joined."""
-    if processes().count > 1:
+    processes().all_of(None)
+    if "torch" in sys.modules:
         import torch.distributed as dist
 
-        processes().all_of(None)
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def by_main(function: Callable[P, T]) -> Callable[P, T]:

@@ -148,8 +148,9 @@ class RankingTrainer(SharedSteps):
         processes = self.engine.processes
         num_items = num_items_in_batch or len(inputs["prompt_index"].unique())
         mine = inputs["prompt_index"] % processes.count == processes.rank
-        if not mine.any():
-            return self.of_all(torch.zeros((), device=mine.device, requires_grad=True))
+        weight = float(mine.any())
+        if not weight:  # each process goes through the model, for DeepSpeed's sake
+            mine = inputs["prompt_index"] == 0
         inputs = {name: tensor[mine] for name, tensor in inputs.items()}
         scores = self.scores(model, inputs["tokens"], inputs["attention_mask"])
         loss, _ = ranking_loss(
@@ -159,7 +160,7 @@ class RankingTrainer(SharedSteps):
             margin=inputs["grades"] if self.margin else None,
             **self.loss_options,
         )
-        return self.of_all(loss / num_items)
+        return self.of_all(weight * loss / num_items)
 
     def scores(self, model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (N,) of a batch, rows of like length computed together."""

@@ -46,6 +46,8 @@ class Engine:
     kept_tokens: int | None
     threads: int | None
     workers: int | None
+    deepspeed: Any
+    deepspeed_config: str | None
 
 
 @dataclass

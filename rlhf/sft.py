@@ -96,11 +96,11 @@ class ResponseTrainer(SharedSteps, SFTTrainer):
         assert not return_outputs, "only the loss is asked for"
         labels, tokens, mask = inputs["labels"][:, 1:], inputs["input_ids"], inputs["attention_mask"].bool()
         total = torch.zeros((), device=tokens.device, requires_grad=torch.is_grad_enabled())
-        for index in processes.share(self.engine.micro_batches(mask.sum(1).tolist())):
+        for index, weight in processes.rounds(self.engine.micro_batches(mask.sum(1).tolist())):
             rows, columns = (labels[index] != IGNORED_LABEL).nonzero(as_tuple=True)
             with self.engine.autocast():
                 logits = logits_of(model, states_at(model, tokens[index], mask[index], rows, columns))
-            total = total - token_logprobs(logits, labels[index][rows, columns]).sum()
+            total = total - weight * token_logprobs(logits, labels[index][rows, columns]).sum()
         return self.of_all(total / (num_items_in_batch or (labels != IGNORED_LABEL).sum()))
 
 

@@ -4,6 +4,7 @@ was trained.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from rlhf.models.adapters import POLICY, merged_copy, trainable_parameters, uses
 from rlhf.parents import Parent, origin
 from rlhf.processes import by_main
 from rlhf.sources import is_path_like
+from rlhf.zero import ShardedAdamW
+
+MAX_GRAD_NORM = 1.0
 
 
 def trainer_arguments(config: Any, folder: StageFolder, engine: Engine, num_rows: int) -> dict[str, Any]:
@@ -49,11 +53,12 @@ def trainer_arguments(config: Any, folder: StageFolder, engine: Engine, num_rows
         "warmup_steps": int(steps * config.warmup_ratio),
         "weight_decay": config.weight_decay,
         "lr_scheduler_type": "linear",
-        "max_grad_norm": 1.0,
+        "max_grad_norm": MAX_GRAD_NORM,
         "gradient_checkpointing": config.gradient_checkpointing,
         "logging_steps": config.log_steps,
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps" if engine.processes.is_main else "no",
+        # what DeepSpeed shares out all processes bring together for the first one, which writes it
+        "save_strategy": "steps" if engine.processes.is_main or engine.deepspeed else "no",
         "save_steps": config.save_steps,
         "save_total_limit": config.keep_last,
         "seed": config.seed,
@@ -72,11 +77,35 @@ class SharedSteps(Trainer):
     """
 
     engine: Engine
+    sharded: ShardedAdamW | None = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW; shared out among the processes where the engine does so."""
+        optimizer = super().create_optimizer(model)
+        if self.engine.deepspeed is not None and self.sharded is None:
+            groups = [group for group in optimizer.param_groups if group["params"]]
+            sharded = self.engine.adamw([groups], clip=MAX_GRAD_NORM, epsilon=self.args.adam_epsilon)
+            assert isinstance(sharded, ShardedAdamW)
+            self.sharded = self.optimizer = optimizer = sharded
+            self.accelerator.backward = self._backward
+        return optimizer
+
+    def _backward(self, loss: Tensor, **_: Any) -> None:
+        assert self.sharded is not None
+        self.sharded.backward(loss, last=self.accelerator.sync_gradients)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return super()._clip_grad_norm(model) if self.sharded is None else self.sharded.norms()[0]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with contextlib.nullcontext() if self.sharded is None else self.sharded.gathered():
+            if self.engine.processes.is_main:
+                super()._save_checkpoint(model, trial)
 
     def training_step(self, *arguments: Any, **more: Any) -> Tensor:
         """The gradient of a micro-batch; behind the last one of a step those of all processes are summed."""
         loss = super().training_step(*arguments, **more)
-        if self.engine.processes.count > 1 and self.accelerator.sync_gradients:
+        if self.sharded is None and self.engine.processes.count > 1 and self.accelerator.sync_gradients:
             trained = trainable_parameters(self.model)
             sums = self.engine.processes.sum_gradients(trained, [parameter.grad for parameter in trained])
             for parameter, gradient in zip(trained, sums, strict=True):

@@ -18,13 +18,13 @@ from rlhf.engine import random_state, restore_random_state
 
 
 def save_training_state(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, values: dict[str, Any]
+    folder: Path, module: nn.Module, optimizer_state: dict[str, Any], values: dict[str, Any]
 ) -> None:
-    """Write the trained parameters, the optimizer's state, all random generators and plain `values`."""
+    """Write the trained parameters, an optimizer's `state_dict`, all random generators and plain `values`."""
     save_trained_weights(folder, module)
     moments = {
         f"{index}.{name}": torch.as_tensor(value).detach().contiguous()
-        for index, state in optimizer.state_dict()["state"].items()
+        for index, state in optimizer_state["state"].items()
         for name, value in state.items()
     }
     save_file(moments, folder / "optimizer.safetensors")

@@ -178,6 +178,11 @@ def _check_adapter(adapter: Adapter) -> None:
 
 
 def _check_ppo(config: PPOConfig) -> None:
+    if config.critic_trunk == "policy" and config.engine.deepspeed is not None:
+        raise ValueError(
+            "critic_trunk=policy learns from two losses at once, which is not to be had with engine="
+            f"{config.engine.name}: use critic_trunk=own, or engine=ddp"
+        )
     if config.minibatches > config.batch_size:
         raise ValueError(
             f"minibatches={config.minibatches} of batch_size={config.batch_size} episodes: "

@@ -159,7 +159,8 @@ if __name__ == "__main__":
     if {COMMAND_VARIABLE, RANK} & set(os.environ):  # started by another process of ours
         end_with_parent()
     status = main(sys.argv[1:])
-    if status and RANK in os.environ:  # still joined to the others
+    # still joined to the others; and DeepSpeed's threads may abort a process that ends as usual
+    if (status and RANK in os.environ) or "deepspeed" in sys.modules:
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

@@ -36,6 +36,7 @@ LAYERS = {
     "parents": 2,
     "processes": 1,
     "rounding": 1,
+    "zero": 2,
     "metrics": 2,
     "training": 2,
     "training_state": 2,

@@ -1,0 +1,223 @@
+"""DeepSpeed's ZeRO 1 and 2: the numbers of one process, each of which holds its part of the optimizer."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.checkpoint import StageFolder
+from rlhf.config import PROJECT_DIR, load_config
+from rlhf.zero import deepspeed_settings
+from tests.stage_runs import read_lines, run_stage, run_until, same_results
+from tests.test_processes import close, copy_of, words_of
+
+ENGINES = ("zero1", "zero2", "zero2_offload")
+
+
+def words_under(run: Path, stage: str, engine: str, count: int = 2) -> list[str]:
+    return [*words_of(run, stage, count), f"engine={engine}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "engine", "count"),
+    [
+        ("sft", "zero1", 2),
+        ("sft", "zero2", 2),
+        ("rm", "zero1", 2),
+        ("rm", "zero2", 2),
+        ("ppo", "zero1", 2),
+        ("ppo", "zero2", 3),
+        ("ppo", "zero2", 1),
+        ("ppo", "zero2_offload", 2),
+    ],
+)
+def test_training_has_the_numbers_of_one_process_without_deepspeed(
+    tiny_run: Path, tmp_path: Path, stage: str, engine: str, count: int
+) -> None:
+    run = copy_of(tiny_run, tmp_path, stage)
+    result = run_stage(stage, *words_under(run, stage, engine, count))
+    assert result.status == 0, result.output
+    ours, theirs = (read_lines(folder / stage / "metrics.jsonl") for folder in (run, tiny_run))
+    assert len(ours) == len(theirs) >= 5
+    for mine, other in zip(ours[:5], theirs[:5], strict=True):
+        assert close(mine, other), (mine, other)
+    assert result.output.count("; model in") == 1, "one process alone speaks"
+    assert "/ld:" not in result.output, "what DeepSpeed could not compile is no message for users"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "settings"),
+    [
+        (2, ["adapter=lora", "adapter.r=4"]),
+        (2, ["adapter=qlora", "adapter.r=4"]),
+        (3, ["batch_size=2", "minibatches=1"]),  # one process has nothing to compute
+        (2, ["algo=rloo", "rollouts_per_prompt=2", "ptx_coef=0.1", "epochs=2"]),
+    ],
+)
+def test_every_kind_of_run_has_the_numbers_of_one_process(
+    tiny_run: Path, tmp_path: Path, count: int, settings: list[str]
+) -> None:
+    own = [*settings, "updates=3"]
+    alone, several = (copy_of(tiny_run, tmp_path / name, "ppo") for name in ("alone", "several"))
+    assert run_stage("ppo", *words_under(alone, "ppo", "single", 1), *own).status == 0
+    result = run_stage("ppo", *words_under(several, "ppo", "zero2", count), *own)
+    assert result.status == 0, result.output
+    ours, theirs = (read_lines(run / "ppo" / "metrics.jsonl") for run in (several, alone))
+    assert all(close(mine, other) for mine, other in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "more"), [("sft", []), ("ppo", ["save_every=1"])])
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
+    tiny_run: Path, tmp_path: Path, stage: str, more: list[str]
+) -> None:
+    whole, run = (copy_of(tiny_run, tmp_path / name, stage) for name in ("whole", "parts"))
+    assert run_stage(stage, *words_under(whole, stage, "zero2"), *more).status == 0
+
+    words = [*words_under(run, stage, "zero2"), *more]
+    folder = StageFolder(str(run.parent), run.name, stage)
+    killed = run_until(lambda: folder.latest_state() is not None, stage, *words)
+    assert killed.status == -9, killed.output
+    other_count = tmp_path / "other" / "runs" / run.name
+    shutil.copytree(run, other_count)
+    resumed = run_stage(stage, *words, "resume=true")
+    assert resumed.status == 0, resumed.output
+    assert same_results(run / stage, whole / stage)
+
+    refused = run_stage(stage, *words_of(other_count, stage), *more, "resume=true")
+    assert "engine.name (zero2 -> ddp)" in refused.error
+    resumed = run_stage(stage, *words_under(other_count, stage, "zero2", 1), *more, "resume=true")
+    assert resumed.status == 0, resumed.output
+    ours, theirs = (read_lines(place / stage / "metrics.jsonl") for place in (other_count, whole))
+    assert all(close(mine, other) for mine, other in zip(ours[:5], theirs[:5], strict=True))
+
+
+SHARED = """
+import json, os, sys
+import torch
+from rlhf.processes import leave, processes
+from rlhf.zero import ShardedAdamW
+
+settings, steps = json.loads(sys.argv[1]), int(sys.argv[2])
+together, generator = processes(), torch.Generator().manual_seed(0)
+def numbers(*shape): return torch.randn(*shape, generator=generator)
+first, second = (torch.nn.Parameter(numbers(*shape)) for shape in ((5, 7), (11,)))
+groups = [{"params": [first], "lr": 0.1, "weight_decay": 0.1}]
+groups += [{"params": [second], "lr": 0.2, "weight_decay": 0.0}]
+optimizer = ShardedAdamW([groups], settings, together, clip=1.0, epsilon=1e-5)
+norms = []
+for step in range(steps):
+    if step == 2:
+        optimizer.load_state_dict(optimizer.state_dict())
+    inputs = numbers(4, 5)
+    for row in range(together.rank, 4, together.count):
+        loss = ((inputs[row] @ first).square().sum() + (second * inputs[row].sum()).sum())
+        optimizer.backward(loss, last=row + together.count >= 4)
+    norms += optimizer.norms()
+    optimizer.step()
+flats = optimizer.engines[0].optimizer.single_partition_of_fp32_groups
+state = optimizer.state_dict()
+found = {"norms": norms, "first": first.tolist(), "second": second.tolist()}
+found["held"] = sum(len(each) for each in flats)
+moments = [state["state"][index] for index in range(2)]
+found["moments"] = [each[key].tolist() for each in moments for key in ("exp_avg", "exp_avg_sq")]
+if together.is_main:
+    print(json.dumps(found))
+leave()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def on_two(settings: dict[str, Any], steps: int) -> Any:
+    """What the first of two processes prints."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-c", SHARED, json.dumps(settings), str(steps)]
+    common = {**os.environ, "PYTHONPATH": str(PROJECT_DIR), "RLHF_COUNT": "2", "RLHF_ADDRESS": address}
+    started = [
+        subprocess.Popen(command, env={**common, "RLHF_RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    return json.loads(said[0].splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_process_holds_half_and_all_make_the_steps_of_torch(engine: str) -> None:
+    settings = deepspeed_settings(load_config("ppo", [f"engine={engine}"]).engine)
+    assert settings is not None
+    found = on_two(settings, steps=4)
+    assert 5 * 7 + 11 <= 2 * found["held"] <= 5 * 7 + 11 + 8, "half, and some padding"
+
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((5, 7), (11,))
+    )
+    groups = [{"params": [first], "lr": 0.1, "weight_decay": 0.1}, {"params": [second], "lr": 0.2}]
+    optimizer, norms = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0), []
+    for _ in range(4):
+        optimizer.zero_grad()
+        inputs = torch.randn(4, 5, generator=generator)
+        ((inputs @ first).square().sum() + (second * inputs.sum()).sum()).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_([first, second], 1.0)))
+        optimizer.step()
+    assert found["norms"] == pytest.approx(norms, rel=1e-5)
+    for ours, theirs in ((found["first"], first), (found["second"], second)):
+        torch.testing.assert_close(torch.tensor(ours), theirs.detach(), rtol=1e-5, atol=1e-6)
+    moments = [optimizer.state[each][key] for each in (first, second) for key in ("exp_avg", "exp_avg_sq")]
+    for mine, theirs in zip(found["moments"], moments, strict=True):
+        torch.testing.assert_close(torch.tensor(mine), theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_a_users_own_configuration_is_laid_over_ours(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+
+    def read(**given: Any) -> Any:
+        path.write_text(json.dumps(given))
+        config = load_config("ppo", ["engine=zero2", f"engine.deepspeed_config={path}"])
+        return deepspeed_settings(config.engine)
+
+    assert read(zero_optimization={"reduce_bucket_size": 1000}, steps_per_print=7) == {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
+        "steps_per_print": 7,
+    }
+    for given, message in (
+        ({"gradient_clipping": 0.5}, r"gradient_clipping=0.5 contradicts this project's clip.grad_norm"),
+        ({"zero_optimization": {"stage": 1}}, r"zero_optimization.stage=1 contradicts this project's engine"),
+        ({"bf16": {"enabled": True}}, r'bf16=\{"enabled": true\} contradicts this project\'s engine.dtype'),
+    ):
+        with pytest.raises(ValueError, match=r"mine\.json: " + message):
+            read(**given)
+    path.write_text("{")
+    config = load_config("ppo", ["engine=zero2_offload", f"engine.deepspeed_config={path}"])
+    with pytest.raises(ValueError, match=r"engine.deepspeed_config=.*mine.json cannot be read as JSON"):
+        deepspeed_settings(config.engine)
+    path.write_text('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}')
+    contradicts = (
+        r'device="nvme" contradicts engine.deepspeed.zero_optimization.offload_optimizer.device="cpu"'
+    )
+    with pytest.raises(ValueError, match=contradicts):
+        deepspeed_settings(config.engine)
+    config = load_config("ppo", [f"engine.deepspeed_config={path}"])
+    with pytest.raises(ValueError, match=r"needs DeepSpeed: set engine=zero1, zero2 or zero2_offload"):
+        deepspeed_settings(config.engine)
+
+
+def test_a_critic_on_the_policys_trunk_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(
+        ValueError, match=r"critic_trunk=policy .* engine=zero1: use critic_trunk=own, or engine=ddp"
+    ):
+        load_config("ppo", ["engine=zero1", "critic_trunk=policy"])
