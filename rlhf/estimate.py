@@ -15,7 +15,6 @@ from rlhf.settings import PPOConfig, StageConfig
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 FROZEN_BYTES = {"none": 4.0, "nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with its scales
-TRAINED_BYTES = 16.0  # weight, gradient and the two moments of Adam, float32
 # Frozen models in memory. With adapters ppo has one; a reward model that is no adapter on it is a second.
 ADAPTER_BASES = {"sft": 1, "rm": 1, "ppo": 1}
 FULL_BASES = {"sft": 0, "collect": 1, "rm": 0, "ppo": 2, "evaluate": 3}
@@ -171,7 +170,7 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
         bases += 1
     parts = {
         "frozen weights": bases * (shape.linear * linear_bytes + shape.embedding * 4.0),
-        "trained weights": _trained_parameters(stage, config, shape) * TRAINED_BYTES,
+        "trained weights": _trained_parameters(stage, config, shape) * _trained_bytes(config),
     }
     number_bytes = 2 if config.engine.dtype == "bfloat16" else 4
     rows = config.batch_size * (LIST_LENGTH if stage == "rm" else 1)
@@ -187,6 +186,19 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
     if isinstance(config, PPOConfig) or not trains:
         parts["sampling cache"] = tokens * shape.layers * 2 * shape.key_value * number_bytes
     return {name: value for name, value in parts.items() if value}
+
+
+def _trained_bytes(config: Any) -> float:
+    """Bytes in each process per trained weight, float32: itself, its gradient, and two moments of Adam.
+
+    DeepSpeed shares out among the processes the moments and a copy of the weights, from ZeRO 2 on the
+    gradients too.
+    """
+    stage = (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+    if not stage:
+        return 16.0
+    count = config.num_processes or 1
+    return 4 + 12 / count + (4 / count if stage > 1 else 4)
 
 
 def _has_own_trunk(critic: str | None) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -120,8 +121,11 @@ class ShardedAdamW(torch.optim.Optimizer):
         engine.backward(self.count * loss)  # DeepSpeed takes the mean over processes
 
     def norms(self) -> list[float]:
-        """The norm of each model's whole gradient before it is clipped, after the last backward."""
-        return [float(engine.optimizer.scaled_global_norm()) for engine in self.engines]
+        """The norm of each model's whole gradient before it is clipped, after the last backward; not a number
+        where the gradient is not finite.
+        """
+        norms = [float(engine.optimizer.scaled_global_norm()) for engine in self.engines]
+        return [norm if norm >= 0 else math.nan for norm in norms]  # DeepSpeed says -1
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Clip, and change the weights by the learning rates in `param_groups`."""

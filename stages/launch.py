@@ -49,7 +49,7 @@ def place_of(config: Any) -> Place:
         given = {"num_processes": (asked or 1) > 1, "num_machines": config.num_machines > 1}
         given["hostfile"] = config.hostfile is not None
         for key in (key for key, several in given.items() if several):
-            raise ValueError(f"{key}={getattr(config, key)} needs several processes: set engine=ddp")
+            raise ValueError(f"{key}={getattr(config, key)} needs several processes: set engine=ddp or zero2")
         return Place(1, 1, 0, None)
     if config.hostfile is not None:
         return _place_in(config.hostfile, config)

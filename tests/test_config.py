@@ -367,6 +367,11 @@ def test_the_estimate_shrinks_with_adapters_and_bits_and_admits_what_it_cannot_k
         return sum(estimate._memory("ppo", config, shape).values())
 
     assert memory("adapter=qlora") < memory("adapter=int8") < memory("adapter=lora") < memory("adapter=none")
+    several = ["adapter=none", "num_processes=4"]
+    engines = [memory(*several, f"engine={name}") for name in ("zero2", "zero1", "ddp")]
+    # per weight, of which policy and critic train 134.5 million each: 4 + 16/4, 8 + 12/4 and 16 bytes
+    trained = 2 * 134_479_872
+    assert [size - engines[0] for size in engines] == [0, trained * 3, trained * 8]
     lines = estimate.estimate("sft", load_config("sft", ["model=nobody/has-this"]))
     assert "memory is unknown" in lines[0]
     assert "unknown kind" not in lines[0]

@@ -206,9 +206,10 @@ def same_numbers(run: Path, other: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_two_machines_have_the_numbers_of_one(tiny_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_two_machines_have_the_numbers_of_one(tiny_run: Path, tmp_path: Path, engine: str) -> None:
     run = copy_of(tiny_run, tmp_path, "ppo")
-    words = two_machines_of(run)
+    words = [*two_machines_of(run), f"engine={engine}"]
     ended = on_machines(*(command("ppo", *words, f"machine_rank={rank}") for rank in range(2)))
     assert [status for status, _ in ended] == [0, 0], ended
     assert same_numbers(run, tiny_run)
@@ -269,9 +270,9 @@ def test_machines_that_disagree_are_found_at_the_start(tiny_run: Path, tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["num_processes=2"], "num_processes=2 needs several processes: set engine=ddp"),
-        (["num_machines=2"], "num_machines=2 needs several processes: set engine=ddp"),
-        (["hostfile=x"], "hostfile=x needs several processes: set engine=ddp"),
+        (["num_processes=2"], "num_processes=2 needs several processes: set engine=ddp or zero2"),
+        (["num_machines=2"], "num_machines=2 needs several processes: set engine=ddp or zero2"),
+        (["hostfile=x"], "hostfile=x needs several processes: set engine=ddp or zero2"),
         (["engine=ddp", "hostfile=x", "num_processes=2"], "hostfile= says how many"),
         (["engine=ddp"], "engine=ddp: give num_processes="),
         (

@@ -102,7 +102,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
 
 
 SHARED = """
-import json, os, sys
+import json, math, os, sys
 import torch
 from rlhf.processes import leave, processes
 from rlhf.zero import ShardedAdamW
@@ -130,6 +130,8 @@ found = {"norms": norms, "first": first.tolist(), "second": second.tolist()}
 found["held"] = sum(len(each) for each in flats)
 moments = [state["state"][index] for index in range(2)]
 found["moments"] = [each[key].tolist() for each in moments for key in ("exp_avg", "exp_avg_sq")]
+optimizer.backward(first.sum() * float(sys.argv[3]), last=True)
+found["finite"] = math.isfinite(optimizer.norms()[0])
 if together.is_main:
     print(json.dumps(found))
 leave()
@@ -138,12 +140,12 @@ os._exit(0)
 """
 
 
-def on_two(settings: dict[str, Any], steps: int) -> Any:
-    """What the first of two processes prints."""
+def on_two(settings: dict[str, Any], steps: int, last: str) -> Any:
+    """What the first of two processes prints; `last`: a factor of one more loss."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-c", SHARED, json.dumps(settings), str(steps)]
+    command = [sys.executable, "-c", SHARED, json.dumps(settings), str(steps), last]
     common = {**os.environ, "PYTHONPATH": str(PROJECT_DIR), "RLHF_COUNT": "2", "RLHF_ADDRESS": address}
     started = [
         subprocess.Popen(command, env={**common, "RLHF_RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
@@ -155,11 +157,11 @@ def on_two(settings: dict[str, Any], steps: int) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_each_process_holds_half_and_all_make_the_steps_of_torch(engine: str) -> None:
+@pytest.mark.parametrize(("engine", "last"), zip(ENGINES, ("inf", "nan", "nan"), strict=True))
+def test_each_process_holds_half_and_all_make_the_steps_of_torch(engine: str, last: str) -> None:
     settings = deepspeed_settings(load_config("ppo", [f"engine={engine}"]).engine)
     assert settings is not None
-    found = on_two(settings, steps=4)
+    found = on_two(settings, steps=4, last=last)
     assert 5 * 7 + 11 <= 2 * found["held"] <= 5 * 7 + 11 + 8, "half, and some padding"
 
     generator = torch.Generator().manual_seed(0)
@@ -174,6 +176,7 @@ def test_each_process_holds_half_and_all_make_the_steps_of_torch(engine: str) ->
         ((inputs @ first).square().sum() + (second * inputs.sum()).sum()).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_([first, second], 1.0)))
         optimizer.step()
+    assert not found["finite"]
     assert found["norms"] == pytest.approx(norms, rel=1e-5)
     for ours, theirs in ((found["first"], first), (found["second"], second)):
         torch.testing.assert_close(torch.tensor(ours), theirs.detach(), rtol=1e-5, atol=1e-6)
