@@ -83,8 +83,8 @@ def sampler(spec: dict[str, Any]) -> dict[str, float]:
 
     def ours() -> None:
         uniforms = draw_uniforms(len(prompts), decoding.max_new_tokens, 0)
-        with ready_to_sample(model, engine):
-            sample(model, prompts, decoding, eos_token_id=NEVER_ENDS, pad_token_id=0, uniforms=uniforms)
+        with ready_to_sample(model, engine) as ready:
+            sample(ready, prompts, decoding, eos_token_id=NEVER_ENDS, pad_token_id=0, uniforms=uniforms)
 
     def generate() -> None:
         length = {"max_new_tokens": decoding.max_new_tokens, "min_new_tokens": decoding.max_new_tokens}
@@ -233,9 +233,9 @@ def _weights(module: Any) -> int:
 
 def _rollout(roles: Roles, prompts: list[list[int]], spec: dict[str, Any], *, seed: int) -> Rollout:
     policy, length = roles.actor_critic.policy, spec["response_tokens"]
-    with ready_to_sample(policy, roles.engine):
+    with ready_to_sample(policy, roles.engine) as ready:
         return sample(
-            policy,
+            ready,
             prompts,
             Decoding(length),
             eos_token_id=NEVER_ENDS,

@@ -22,7 +22,7 @@ import torch
 from rlhf import workers
 from rlhf.processes import ALONE, Processes, processes
 from rlhf.rounding import rounded_once
-from rlhf.zero import ShardedAdamW, deepspeed_settings
+from rlhf.zero import WEIGHTS, Root, ShardedAdamW, deepspeed_settings, stage_of
 
 # Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length and to
 # hold a pass's activations. On a processor small models need more of them, and so do full weights, whose
@@ -101,6 +101,11 @@ class Engine:
         return [torch.tensor(piece, dtype=torch.long) for piece in pieces]
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether each process holds a part of every weight, so that all must make the same passes."""
+        return stage_of(self.deepspeed) == WEIGHTS
+
+    @property
     def shares(self) -> int:
         """Workers of all processes, which passes are shared out to."""
         return self.workers * self.processes.count
@@ -128,20 +133,32 @@ class Engine:
         return workers.side_by_side(function, items, workers=self.workers, device=self.device.type)
 
     def adamw(
-        self, models: Sequence[Sequence[dict[str, Any]]], *, clip: float, epsilon: float
+        self,
+        models: Sequence[Sequence[dict[str, Any]]],
+        *,
+        clip: float,
+        epsilon: float,
+        roots: Sequence[Root | None] = (),
     ) -> torch.optim.Optimizer:
         """AdamW for the parameter groups, with `lr` and `weight_decay`, of some models.
 
-        Where DeepSpeed shares it out it clips each model's gradient itself.
+        Where DeepSpeed shares it out it clips each model's gradient itself; `roots` are those of models whose
+        weights are shared out too.
         """
         if self.deepspeed is not None:
-            return ShardedAdamW(models, self.deepspeed, self.processes, clip=clip, epsilon=epsilon)
+            return ShardedAdamW(
+                models, self.deepspeed, self.processes, clip=clip, epsilon=epsilon, roots=roots
+            )
         groups = [group for model in models for group in model]
         return torch.optim.AdamW(groups, eps=epsilon, fused=True)
 
     def shared_out(self, function: Callable[[Any], torch.Tensor], items: Sequence[Any]) -> list[torch.Tensor]:
         """`function` of each item, in order, computed by all processes and their workers."""
-        found = self.side_by_side(function, self.processes.share(items))
+        mine = self.processes.share(items)
+        if self.shards_weights:
+            found = [function(item) for item, _ in self.processes.rounds(items)][: len(mine)]
+        else:
+            found = self.side_by_side(function, mine)
         if self.processes.count == 1:
             return found
         gathered = self.processes.gathered([each.cpu() for each in found], len(items))
@@ -184,6 +201,8 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
         deepspeed_settings(settings),
         settings.workers or (MOST_WORKERS if on_processor else 1),
     )
+    if stage_of(deepspeed) == WEIGHTS:
+        kept_tokens = 0  # a kept graph would hold the gathered weights
     return Engine(
         device,
         dtype,

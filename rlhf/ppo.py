@@ -20,6 +20,7 @@ from rlhf.batches import Experience, Rollout
 from rlhf.engine import Engine
 from rlhf.experience import Passes
 from rlhf.models.roles import ActorCritic
+from rlhf.models.sharded import root_of
 from rlhf.numerics.advantages import gae
 from rlhf.numerics.losses import policy_loss, value_loss
 from rlhf.numerics.masked import masked_mean
@@ -93,6 +94,8 @@ class FirstStep(Passes):
         learner.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             [self.value_loss] = learner.descend(terms, range(self.num_first), model=CRITIC)
+        if self.engine.shards_weights and self.num_first < len(self.rows):
+            found.clear()  # so that every process makes as many passes
 
         def values_of(number: int) -> Tensor:
             own = found.get(number)
@@ -115,7 +118,10 @@ class Learner:
         ]
         groups = [{**group, "weight_decay": 0.0} for group in groups if group["params"]]
         self.optimizer = engine.adamw(
-            [[group] for group in groups], clip=config.clip.grad_norm, epsilon=ADAM_EPSILON
+            [[group] for group in groups],
+            clip=config.clip.grad_norm,
+            epsilon=ADAM_EPSILON,
+            roots=[root_of(model) for model in (models.policy, models.critic) if model is not None],
         )
 
     def set_learning_rates(self, step: int) -> None:

@@ -31,6 +31,7 @@ from rlhf.files import append_text, new_folder
 from rlhf.interrupts import interrupts_held
 from rlhf.metrics import MetricLog, cut_lines_after, progress
 from rlhf.models.roles import Roles
+from rlhf.models.sharded import whole_weights
 from rlhf.numerics.kl import AdaptiveKL, FixedKL, k1
 from rlhf.numerics.masked import zero_rest
 from rlhf.ppo import Learner, check_finite
@@ -221,7 +222,10 @@ class PPORun:
         reward = score - self.config.kl.coef * kl
         if reward > self.best.get("reward", -math.inf):
             self.best = {"step": step, "reward": reward}
-            new_folder(self.best_folder(self.best), lambda folder: save_trained_weights(folder, self.models))
+            with whole_weights(self.models):
+                new_folder(
+                    self.best_folder(self.best), lambda folder: save_trained_weights(folder, self.models)
+                )
         return {"eval_score": score, "eval_kl": kl, "eval_reward": reward}
 
     def best_folder(self, best: dict[str, float]) -> Path:
@@ -292,11 +296,12 @@ class PPORun:
             "last": self.last,
         }
         moments = self.learner.optimizer.state_dict()
-        self.folder.new_state(
-            step,
-            lambda folder: save_training_state(folder, self.models, moments, values),
-            keep_last=self.config.keep_last,
-        )
+        with whole_weights(self.models):
+            self.folder.new_state(
+                step,
+                lambda folder: save_training_state(folder, self.models, moments, values),
+                keep_last=self.config.keep_last,
+            )
         self.drop_old_bests()
 
     @by_main

@@ -17,6 +17,7 @@ from rlhf.batches import Rollout
 from rlhf.engine import Engine
 from rlhf.models.llama import join_weights
 from rlhf.models.loading import load_codec, load_options, load_reward_model, trunk
+from rlhf.models.sharded import shard
 from rlhf.records import Prompt, make_sources, read_records
 from rlhf.rm import score_rows
 from rlhf.scorers import ClassifierScorer, FunctionScorer, WeightedSum
@@ -76,7 +77,9 @@ def build_scorer(key: str, spec: dict[str, Any], config: Any, engine: Engine) ->
 def _build(key: str, spec: dict[str, Any], config: Any, engine: Engine) -> Any:
     kind = spec["kind"]
     if kind == "model":
-        model = load_reward_model(spec["path"], load_options(config.model, engine, trained=False))
+        options = load_options(config.model, engine, trained=False, sharded=True)
+        model = load_reward_model(spec["path"], options)
+        shard(model, engine, trained=False, parts=[model.base_model])
         join_weights(trunk(model))
         return RewardModelScorer(model, load_codec(spec["path"], config), engine, name=spec["path"])
     if kind == "classifier":

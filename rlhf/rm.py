@@ -22,6 +22,7 @@ from rlhf.metrics import MetricLog, progress
 from rlhf.models.adapters import add_lora, uses_lora
 from rlhf.models.forward import last_states, sequence_scores
 from rlhf.models.loading import head, load_causal_lm, load_options, new_reward_model, same_tokenizer
+from rlhf.models.sharded import shard
 from rlhf.numerics.ranking import ranking_loss
 from rlhf.records import RankedList
 from rlhf.sampling.policy import Policy
@@ -165,9 +166,17 @@ class RankingTrainer(SharedSteps):
     def scores(self, model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores (N,) of a batch, rows of like length computed together."""
         pieces = self.engine.micro_batches(attention_mask.sum(1).tolist())
+        order, missing = torch.cat(pieces).argsort(), 0
+        if self.engine.shards_weights:  # every process makes as many passes
+            missing = max(self.engine.processes.all_of(len(pieces))) - len(pieces)
         with self.engine.autocast():
-            scores = [sequence_scores(model, tokens[index], attention_mask[index]) for index in pieces]
-        return torch.cat(scores)[torch.cat(pieces).argsort()]
+            scores = [
+                sequence_scores(model, tokens[index], attention_mask[index])
+                for index in pieces + pieces[:1] * missing
+            ]
+        for unused in scores[len(pieces) :]:
+            scores[0] = scores[0] + 0 * unused
+        return torch.cat(scores[: len(pieces)])[order]
 
 
 class RewardTraining:
@@ -179,9 +188,11 @@ class RewardTraining:
         self.config, self.codec, self.engine = config, codec, engine
         lora = uses_lora(config.adapter)
         options = load_options(
-            config.model, engine, trained=not lora, quantization=config.adapter.quantization
+            config.model, engine, trained=not lora, quantization=config.adapter.quantization, sharded=True
         )
         self.model = new_reward_model(config.base, options)
+        parts = [self.model.base_model] if lora else []  # peft copies the score head
+        shard(self.model, engine, trained=not lora, parts=parts, copied=not lora)
         if lora:
             self.model = add_lora(self.model, config.adapter, task="SEQ_CLS")
         self.log = MetricLog(folder.path, config.tracker, run_name=f"{config.name}-rm")
@@ -196,6 +207,8 @@ class RewardTraining:
             margin=config.margin,
         )
         attach_log(self.trainer, self.log, "rm")
+        if engine.shards_weights:
+            self.trainer.create_optimizer()
 
     def train(self, state: Path | None) -> None:
         """Train, from `state` on where given."""

@@ -18,8 +18,9 @@ from rlhf.checks import Check
 from rlhf.engine import Engine
 from rlhf.metrics import MetricLog
 from rlhf.models.adapters import add_lora, trainable_parameters, uses_lora
-from rlhf.models.forward import states_at
-from rlhf.models.loading import load_causal_lm, load_options, logits_of
+from rlhf.models.forward import logits_at
+from rlhf.models.loading import load_causal_lm, load_options
+from rlhf.models.sharded import shard
 from rlhf.numerics.logprobs import token_logprobs
 from rlhf.records import Demonstration
 from rlhf.sampling.policy import Policy
@@ -99,7 +100,7 @@ class ResponseTrainer(SharedSteps, SFTTrainer):
         for index, weight in processes.rounds(self.engine.micro_batches(mask.sum(1).tolist())):
             rows, columns = (labels[index] != IGNORED_LABEL).nonzero(as_tuple=True)
             with self.engine.autocast():
-                logits = logits_of(model, states_at(model, tokens[index], mask[index], rows, columns))
+                logits = logits_at(model, tokens[index], mask[index], rows, columns)
             total = total - weight * token_logprobs(logits, labels[index][rows, columns]).sum()
         return self.of_all(total / (num_items_in_batch or (labels != IGNORED_LABEL).sum()))
 
@@ -116,8 +117,10 @@ class SFT:
             engine,
             trained=not uses_lora(config.adapter),
             quantization=config.adapter.quantization,
+            sharded=True,
         )
         model = load_causal_lm(config.policy, options)
+        shard(model, engine, trained=not uses_lora(config.adapter), copied=True)
         if uses_lora(config.adapter):
             model = add_lora(model, config.adapter, task="CAUSAL_LM")
         self.model = model
@@ -139,6 +142,8 @@ class SFT:
         for parameter in trainable_parameters(model):  # trl rounds the adapter of a 4-bit base to bfloat16
             parameter.data = parameter.data.float()
         attach_log(self.trainer, self.log, "sft")
+        if engine.shards_weights:  # the first evaluation comes before the first step
+            self.trainer.create_optimizer()
 
     def train(self, state: Path | None) -> tuple[float, float]:
         """Train, from `state` on where given; return the held-out loss of the base and of the trained

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from rlhf.checkpoint import StageFolder
@@ -19,6 +19,7 @@ from rlhf.engine import Engine
 from rlhf.files import save_model_folder
 from rlhf.metrics import MetricLog, progress
 from rlhf.models.adapters import POLICY, merged_copy, trainable_parameters, uses_lora
+from rlhf.models.sharded import root_of, unsharded, whole_weights
 from rlhf.parents import Parent, origin
 from rlhf.processes import by_main
 from rlhf.sources import is_path_like
@@ -79,12 +80,20 @@ class SharedSteps(Trainer):
     engine: Engine
     sharded: ShardedAdamW | None = None
 
+    @property
+    def own_model(self) -> nn.Module:
+        """What is trained."""
+        assert self.model is not None
+        return self.model
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; shared out among the processes where the engine does so."""
         optimizer = super().create_optimizer(model)
         if self.engine.deepspeed is not None and self.sharded is None:
             groups = [group for group in optimizer.param_groups if group["params"]]
-            sharded = self.engine.adamw([groups], clip=MAX_GRAD_NORM, epsilon=self.args.adam_epsilon)
+            sharded = self.engine.adamw(
+                [groups], clip=MAX_GRAD_NORM, epsilon=self.args.adam_epsilon, roots=[root_of(self.own_model)]
+            )
             assert isinstance(sharded, ShardedAdamW)
             self.sharded = self.optimizer = optimizer = sharded
             self.accelerator.backward = self._backward
@@ -98,9 +107,14 @@ class SharedSteps(Trainer):
         return super()._clip_grad_norm(model) if self.sharded is None else self.sharded.norms()[0]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with contextlib.nullcontext() if self.sharded is None else self.sharded.gathered():
+        gathered = contextlib.nullcontext() if self.sharded is None else self.sharded.gathered()
+        with gathered, whole_weights(self.own_model):
             if self.engine.processes.is_main:
                 super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with whole_weights(self.own_model, change=True):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def training_step(self, *arguments: Any, **more: Any) -> Tensor:
         """The gradient of a micro-batch; behind the last one of a step those of all processes are summed."""
@@ -175,7 +189,7 @@ def full_precision(config: Any, folder: StageFolder, model: Any, *, base: str, t
     copy of `base`.
     """
     if not uses_lora(config.adapter):
-        return model
+        return unsharded(model)
     adapter_folder = folder.path / "adapter"
     by_main(model.save_pretrained)(str(adapter_folder), selected_adapters=[POLICY])
     return merged_copy(base, adapter_folder, task=task, trust_remote_code=config.model.trust_remote_code)

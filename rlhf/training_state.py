@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhf.engine import random_state, restore_random_state
+from rlhf.models.sharded import whole_weights
 
 
 def save_training_state(
@@ -61,13 +62,18 @@ def load_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
 
 
 def save_trained_weights(folder: Path, module: nn.Module) -> None:
-    """Write the trained parameters alone."""
+    """Write the trained parameters alone; called inside `whole_weights`."""
     weights = {name: p.detach().contiguous() for name, p in module.named_parameters() if p.requires_grad}
     save_file(weights, folder / "weights.safetensors")
 
 
 def load_trained_weights(folder: Path, module: nn.Module) -> None:
     """Put back what `save_trained_weights` wrote; raises ValueError where the model is another."""
+    with whole_weights(module, change=True):
+        _load_trained_weights(folder, module)
+
+
+def _load_trained_weights(folder: Path, module: nn.Module) -> None:
     weights = _read(folder / "weights.safetensors")
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     shapes = {(name, tensor.shape) for name, tensor in weights.items()}

@@ -7,7 +7,9 @@ shift by one.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,22 @@ from torch import Tensor, nn
 from rlhf.batches import Rollout
 from rlhf.models import llama
 from rlhf.models.loading import head, logits_of, trunk
+from rlhf.models.sharded import through
 from rlhf.numerics.logprobs import entropy, token_logprobs, token_logprobs_and_entropy
 from rlhf.numerics.masked import last_true_index
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def _through_root(function: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Have weights that are shared out gathered in the passes that a function makes through its model."""
+
+    @functools.wraps(function)
+    def wrapped(model: Any, /, *arguments: P.args, **more: P.kwargs) -> T:
+        return through(model, lambda: function(model, *arguments, **more))
+
+    return wrapped
 
 
 def states_at(model: Any, tokens: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -36,6 +52,13 @@ def states_at(model: Any, tokens: Tensor, attention_mask: Tensor, rows: Tensor, 
     return inner(input_ids=tokens, use_cache=False).last_hidden_state[rows, columns]
 
 
+@_through_root
+def logits_at(model: Any, tokens: Tensor, attention_mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Vocabulary scores (N, V) at the positions of `states_at`."""
+    return logits_of(model, states_at(model, tokens, attention_mask, rows, columns))
+
+
+@_through_root
 def response_logprobs(model: Any, rollout: Rollout, *, temperature: float) -> Tensor:
     """Log-probs (B, R) of the response tokens under `logits / temperature`, 0 off the response."""
     logits = _response_logits(model, rollout)
@@ -43,6 +66,7 @@ def response_logprobs(model: Any, rollout: Rollout, *, temperature: float) -> Te
     return _scattered(token_logprobs(logits, tokens, temperature), rollout.response_mask)
 
 
+@_through_root
 def response_logprobs_and_entropy(
     model: Any, rollout: Rollout, *, temperature: float, learn_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -58,21 +82,28 @@ def response_logprobs_and_entropy(
     return _scattered(logprobs, rollout.response_mask), _scattered(entropies, rollout.response_mask)
 
 
+@_through_root
 def response_values(critic: Any, value_head: nn.Module, rollout: Rollout) -> Tensor:
     """Values (B, R) in float32 of the states before each response token, 0 off the response."""
     states = _states_before_response(critic, rollout)
     return _scattered(_in_float32(value_head, states), rollout.response_mask)
 
 
+@_through_root
 def last_states(model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
     """Hidden states (B, H) in float32 at the last real token of each row, found by mask."""
+    return _last_states(model, tokens, attention_mask)
+
+
+def _last_states(model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
     rows = torch.arange(len(tokens), device=tokens.device)
     return states_at(model, tokens, attention_mask, rows, last_true_index(attention_mask)).float()
 
 
+@_through_root
 def sequence_scores(model: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
     """A reward model's scores (B,) in float32, read at the last real token."""
-    return _in_float32(head(model), last_states(model, tokens, attention_mask))
+    return _in_float32(head(model), _last_states(model, tokens, attention_mask))
 
 
 def _response_logits(model: Any, rollout: Rollout) -> Tensor:

@@ -256,6 +256,8 @@ def _layers(model: Any, length: int) -> list[list[Parts]] | None:
     if drops or windowed or config.hidden_act != "silu" or kernel not in AttentionInterface():
         return None
     weight: Tensor = model.embed_tokens.weight
+    if hasattr(weight, "ds_id"):  # DeepSpeed gathers weights where a module's own forward is called
+        return None
     found: list[list[Parts]] = []
     for layer in model.layers:
         parts = [

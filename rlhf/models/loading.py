@@ -40,6 +40,7 @@ class LoadOptions:
     attention: str | None = "sdpa"
     trust_remote_code: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sharded: bool = False  # left on the processor, for `shard` to take from there
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`; only safetensors are read."""
@@ -65,14 +66,20 @@ class LoadOptions:
         return arguments
 
 
-def load_options(model: Any, engine: Engine, *, trained: bool, quantization: str = "none") -> LoadOptions:
-    """Options from the `model` group: frozen weights in the engine's number type, trained ones in float32."""
+def load_options(
+    model: Any, engine: Engine, *, trained: bool, quantization: str = "none", sharded: bool = False
+) -> LoadOptions:
+    """Options from the `model` group: frozen weights in the engine's number type, trained ones in float32.
+
+    `sharded`: `shard` follows, where the engine does so.
+    """
     return LoadOptions(
         dtype=torch.float32 if trained else engine.dtype,
         quantization=quantization,
         attention=model.attention,
         trust_remote_code=model.trust_remote_code,
         device=engine.device,
+        sharded=sharded and engine.shards_weights,
     )
 
 
@@ -288,4 +295,4 @@ def _check_logits(model: Any) -> None:
 def _placed(model: Any, options: LoadOptions) -> Any:
     model.config.use_cache = False
     model.eval()
-    return model if options.quantization != "none" else model.to(options.device)
+    return model if options.quantization != "none" or options.sharded else model.to(options.device)

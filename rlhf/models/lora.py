@@ -35,7 +35,7 @@ def parts_of(layer: Any) -> Parts | None:
     if type(layer) is not LeanLoraLinear or layer.merged:
         return None
     base: Any = layer.get_base_layer()
-    if base.weight.requires_grad:
+    if base.weight.requires_grad or hasattr(base.weight, "ds_id"):  # DeepSpeed's hooks want peft's own way
         return None
     weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
     if layer.disable_adapters or not layer.active_adapters:

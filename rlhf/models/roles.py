@@ -44,6 +44,7 @@ from rlhf.models.loading import (
     trunk,
 )
 from rlhf.models.lora import merged_weight
+from rlhf.models.sharded import shard
 from rlhf.parents import adapter_of
 
 
@@ -154,8 +155,11 @@ def build_roles(config: Any, engine: Engine) -> Roles:
     With critic_trunk=policy it is a value head on the policy; algo=reinforce and algo=rloo have none.
     """
     lora = uses_lora(config.adapter)
-    trained = load_options(config.model, engine, trained=not lora, quantization=config.adapter.quantization)
+    trained = load_options(
+        config.model, engine, trained=not lora, quantization=config.adapter.quantization, sharded=True
+    )
     policy = load_causal_lm(config.policy, trained)
+    shard(policy, engine, trained=not lora, copied=True)
     if lora:
         policy = add_lora(policy, config.adapter, task="CAUSAL_LM")
     from_reward_model = False
@@ -223,8 +227,10 @@ def _on_own_trunks(
     reward model that is no adapter on the policy.
     """
     lora = uses_lora(config.adapter)
-    frozen = load_options(config.model, engine, trained=False)
+    frozen = load_options(config.model, engine, trained=False, sharded=True)
     reference = None if lora else load_causal_lm(config.policy, frozen)
+    if reference is not None:
+        shard(reference, engine, trained=False)
     models = _without_own_critic(policy, config, engine)
     if models is not None:
         return Roles(models, Reference(reference, policy), engine, critic_from_reward_model=False)
@@ -233,6 +239,8 @@ def _on_own_trunks(
     else:
         critic = new_reward_model(config.policy, trained)
     value_head = _value_head(critic, critic.score if from_reward_model else None, engine)
+    own = [critic.base_model] if lora else [critic.base_model, value_head]
+    shard(critic, engine, trained=not lora, parts=own)
     if lora:
         critic = add_lora(critic, config.adapter, task=None)
     else:

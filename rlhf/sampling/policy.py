@@ -7,22 +7,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from rlhf.batches import Rollout, join, left_pad
 from rlhf.engine import Engine
 from rlhf.models.packed import packed
 from rlhf.models.roles import adapters_merged
+from rlhf.models.sharded import whole_copy
 from rlhf.records import Prompt
 from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
 from rlhf.text import TextCodec
 
 
 @contextlib.contextmanager
-def ready_to_sample(model: Any, engine: Engine) -> Iterator[None]:
-    """The engine's number type, adapters merged, and weights laid out for products of few rows."""
-    with engine.autocast(), adapters_merged(model), packed(model, engine):
-        yield
+def ready_to_sample(model: Any, engine: Engine) -> Iterator[Any]:
+    """The model to sample from: weights whole, adapters merged, laid out for products of few rows, in the
+    engine's number type. All processes enter together.
+    """
+    with whole_copy(model, engine) as whole, engine.autocast(), adapters_merged(whole), packed(whole, engine):
+        yield whole
 
 
 @dataclass(frozen=True)
@@ -38,32 +39,29 @@ class Policy:
         tokens = [self.codec.encode_prompt(prompt) for prompt in prompts]
         uniforms = draw_uniforms(len(tokens), decoding.max_new_tokens, seed)
         processes = self.engine.processes
-        if processes.count == 1:
-            return self._sample(tokens, decoding, uniforms)
         # neighbours stay together: they may share their prompt
         ends = [rank * len(tokens) // processes.count for rank in range(processes.count + 1)]
         mine = slice(*ends[processes.rank : processes.rank + 2])
         found: tuple[list[list[int]], list[list[float]]] = ([], [])
-        if mine.start < mine.stop:
-            rollout = self._sample(tokens[mine], decoding, uniforms[mine])
-            assert rollout.behaviour_logprobs is not None
-            found = (rollout.responses(), rollout.behaviour_logprobs.tolist())
+        with ready_to_sample(self.model, self.engine) as model:
+            if mine.start < mine.stop:
+                rollout = sample(
+                    model,
+                    tokens[mine],
+                    decoding,
+                    eos_token_id=self.codec.eos_token_id,
+                    pad_token_id=self.codec.pad_token_id,
+                    uniforms=uniforms[mine],
+                )
+                assert rollout.behaviour_logprobs is not None
+                found = (rollout.responses(), rollout.behaviour_logprobs.tolist())
+                if processes.count == 1:
+                    return rollout
         parts = processes.all_of(found)
         responses = [row for rows, _ in parts for row in rows]
         logprobs = [row for _, rows in parts for row in rows]
         pad = self.codec.pad_token_id
         return join(left_pad(tokens, pad, self.engine.device), responses, pad, logprobs)
-
-    def _sample(self, tokens: list[list[int]], decoding: Decoding, uniforms: Tensor) -> Rollout:
-        with ready_to_sample(self.model, self.engine):
-            return sample(
-                self.model,
-                tokens,
-                decoding,
-                eos_token_id=self.codec.eos_token_id,
-                pad_token_id=self.codec.pad_token_id,
-                uniforms=uniforms,
-            )
 
     def texts(self, rollout: Rollout) -> list[str]:
         """The responses of a rollout as text."""
