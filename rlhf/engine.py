@@ -22,7 +22,8 @@ import torch
 from rlhf import workers
 from rlhf.processes import ALONE, Processes, processes
 from rlhf.rounding import rounded_once
-from rlhf.zero import WEIGHTS, Root, ShardedAdamW, deepspeed_settings, stage_of
+from rlhf.settings import WEIGHTS, zero_stage
+from rlhf.zero import Root, ShardedAdamW, deepspeed_settings
 
 # Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length and to
 # hold a pass's activations. On a processor small models need more of them, and so do full weights, whose
@@ -103,7 +104,7 @@ class Engine:
     @property
     def shards_weights(self) -> bool:
         """Whether each process holds a part of every weight, so that all must make the same passes."""
-        return stage_of(self.deepspeed) == WEIGHTS
+        return zero_stage(self.deepspeed) == WEIGHTS
 
     @property
     def shares(self) -> int:
@@ -201,7 +202,7 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
         deepspeed_settings(settings),
         settings.workers or (MOST_WORKERS if on_processor else 1),
     )
-    if stage_of(deepspeed) == WEIGHTS:
+    if zero_stage(deepspeed) == WEIGHTS:
         kept_tokens = 0  # a kept graph would hold the gathered weights
     return Engine(
         device,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import cache_dir
-from rlhf.settings import PPOConfig, StageConfig
+from rlhf.settings import WEIGHTS, PPOConfig, StageConfig, zero_stage
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 FROZEN_BYTES = {"none": 4.0, "nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with its scales
@@ -168,11 +168,16 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
     bases = ADAPTER_BASES[stage] if adapted else FULL_BASES[stage]
     if adapted and isinstance(config, PPOConfig) and _has_own_trunk(config.critic):
         bases += 1
-    parts = {
-        "frozen weights": bases * (shape.linear * linear_bytes + shape.embedding * 4.0),
-        "trained weights": _trained_parameters(stage, config, shape) * _trained_bytes(config),
-    }
     number_bytes = 2 if config.engine.dtype == "bfloat16" else 4
+    stage_of_zero = zero_stage(config.engine.deepspeed) if trains else 0
+    holders = (config.num_processes or 1) if stage_of_zero == WEIGHTS else 1
+    trained_bytes = _trained_bytes(2 if adapted and holders > 1 else stage_of_zero, config.num_processes or 1)
+    parts = {
+        "frozen weights": bases * (shape.linear * linear_bytes + shape.embedding * 4.0) / holders,
+        "trained weights": _trained_parameters(stage, config, shape) * trained_bytes,
+    }
+    if stage_of_zero == WEIGHTS and stage != "rm":
+        parts["whole copy to sample from"] = shape.linear * number_bytes + shape.embedding * 4.0
     rows = config.batch_size * (LIST_LENGTH if stage == "rm" else 1)
     tokens = rows * (config.data.max_prompt_tokens + config.data.max_response_tokens)
     if trains:
@@ -188,16 +193,17 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
     return {name: value for name, value in parts.items() if value}
 
 
-def _trained_bytes(config: Any) -> float:
-    """Bytes in each process per trained weight, float32: itself, its gradient, and two moments of Adam.
+def _trained_bytes(stage: int, count: int) -> float:
+    """Bytes in each of `count` processes per trained weight, float32: itself, its gradient, and two moments
+    of Adam.
 
     DeepSpeed shares out among the processes the moments and a copy of the weights, from ZeRO 2 on the
-    gradients too.
+    gradients too, in ZeRO 3 all.
     """
-    stage = (config.engine.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
     if not stage:
         return 16.0
-    count = config.num_processes or 1
+    if stage == WEIGHTS:
+        return 20 / count
     return 4 + 12 / count + (4 / count if stage > 1 else 4)
 
 

@@ -50,6 +50,14 @@ class Engine:
     deepspeed_config: str | None
 
 
+WEIGHTS = 3  # the stage of ZeRO that shares out weights
+
+
+def zero_stage(deepspeed: dict[str, Any] | None) -> int:
+    """The stage of ZeRO that a DeepSpeed configuration asks for; 0 where there is none."""
+    return (deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+
+
 @dataclass
 class Split:
     """Two sources: a path, or a mapping with the fields of a Source, or a list of these, or null."""

@@ -8,7 +8,18 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.settings import Adapter, CollectConfig, Decoding, EvaluateConfig, PPOConfig, StageConfig
+from rlhf.settings import (
+    WEIGHTS,
+    Adapter,
+    CollectConfig,
+    Decoding,
+    EvaluateConfig,
+    PPOConfig,
+    RMConfig,
+    SFTConfig,
+    StageConfig,
+    zero_stage,
+)
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "tracker": ("tensorboard", "wandb", "trackio", "none"),
@@ -102,6 +113,7 @@ def check_config(config: StageConfig) -> None:
     if isinstance(config, StageConfig) and config.overwrite and config.resume:
         raise ValueError("overwrite=true and resume=true contradict each other: give one of them")
     _check_adapter(config.adapter)
+    _check_shared_weights(config)
     if isinstance(config, CollectConfig):
         check_scorer("labeller", config.labeller)
         if config.samples_per_prompt < 2:
@@ -175,6 +187,22 @@ def _check_adapter(adapter: Adapter) -> None:
         raise ValueError(f"{key}={value} without an adapter: give adapter={remedy} as well")
     if adapter.name != "none" and not adapter.r:
         raise ValueError(f"adapter.r=0 with adapter={adapter.name}: at least 1 is expected")
+
+
+def _check_shared_weights(config: StageConfig) -> None:
+    if zero_stage(config.engine.deepspeed) < WEIGHTS:
+        return
+    engine = config.engine.name
+    if config.adapter.quantization != "none" and isinstance(config, SFTConfig | RMConfig | PPOConfig):
+        raise ValueError(
+            f"adapter={config.adapter.name}: engine={engine} cannot share out quantized weights; use "
+            f"adapter=lora, or engine={engine.replace('3', '2')}"
+        )
+    if isinstance(config, SFTConfig) and config.packing:
+        raise ValueError(
+            f"packing=true cannot be had with engine={engine}: set packing=false, or "
+            f"engine={engine.replace('3', '2')}"
+        )
 
 
 def _check_ppo(config: PPOConfig) -> None:

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.processes import Processes
+from rlhf.settings import WEIGHTS, zero_stage
 
 T = TypeVar("T")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-WEIGHTS = 3  # the stage of ZeRO that shares out weights
 SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 # What this project says of a DeepSpeed configuration, by its own keys.
@@ -52,7 +52,7 @@ def deepspeed_settings(engine: Any) -> dict[str, Any] | None:
     if engine.deepspeed is None:
         if path is not None:
             raise ValueError(
-                f"engine.deepspeed_config={path} needs DeepSpeed: set engine=zero1, zero2 or zero2_offload"
+                f"engine.deepspeed_config={path} needs DeepSpeed: set engine=zero1, zero2 or zero3"
             )
         return None
     if path is None:
@@ -88,11 +88,6 @@ def _merged(ours: dict[str, Any], given: dict[str, Any], path: str, prefix: str 
         else:
             merged[key] = value
     return merged
-
-
-def stage_of(settings: dict[str, Any] | None) -> int:
-    """The stage of ZeRO that a DeepSpeed configuration asks for; 0 where there is none."""
-    return (settings or {}).get("zero_optimization", {}).get("stage", 0)
 
 
 class Root(nn.Module):
@@ -258,9 +253,9 @@ def _engine(groups: list[dict[str, Any]], settings: dict[str, Any], epsilon: flo
     trained = nn.ParameterList([parameter for group in groups for parameter in group["params"]])
     if root is not None and hasattr(trained[0], "ds_id"):
         return initialize(root, settings, base)
-    if stage_of(settings) == WEIGHTS:  # of adapters, which every process has whole
-        own = {key: settings["zero_optimization"].get(key) for key in ("offload_optimizer",)}
-        settings = {**settings, "zero_optimization": {"stage": 2, **own}}
+    if zero_stage(settings) == WEIGHTS:  # of adapters, which every process has whole
+        offload = settings["zero_optimization"].get("offload_optimizer")
+        settings = {**settings, "zero_optimization": {"stage": 2, "offload_optimizer": offload}}
     return initialize(trained, settings, base)
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 1 and 2: the numbers of one process, each of which holds its part of the optimizer."""
+"""DeepSpeed's ZeRO: the numbers of one process, though each holds a part alone of what is shared out."""
 
 import json
 import os
@@ -18,11 +18,19 @@ from rlhf.zero import deepspeed_settings
 from tests.stage_runs import read_lines, run_stage, run_until, same_results
 from tests.test_processes import close, copy_of, words_of
 
-ENGINES = ("zero1", "zero2", "zero2_offload")
+ENGINES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+
+# DeepSpeed leaves small weights whole in every process, and all of a tiny model's are small.
+NOTHING_SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
 def words_under(run: Path, stage: str, engine: str, count: int = 2) -> list[str]:
-    return [*words_of(run, stage, count), f"engine={engine}"]
+    words = [*words_of(run, stage, count), f"engine={engine}"]
+    if engine.startswith("zero3"):
+        path = run.parents[2] / "nothing_small.json"  # the same for copies of a run
+        path.write_text(json.dumps(NOTHING_SMALL))
+        words.append(f"engine.deepspeed_config={path}")
+    return words
 
 
 @pytest.mark.slow
@@ -37,6 +45,10 @@ def words_under(run: Path, stage: str, engine: str, count: int = 2) -> list[str]
         ("ppo", "zero2", 3),
         ("ppo", "zero2", 1),
         ("ppo", "zero2_offload", 2),
+        ("sft", "zero3", 2),
+        ("rm", "zero3", 2),
+        ("ppo", "zero3", 2),
+        ("ppo", "zero3_offload", 2),
     ],
 )
 def test_training_has_the_numbers_of_one_process_without_deepspeed(
@@ -55,35 +67,48 @@ def test_training_has_the_numbers_of_one_process_without_deepspeed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "settings"),
+    ("stage", "engine", "count", "settings"),
     [
-        (2, ["adapter=lora", "adapter.r=4"]),
-        (2, ["adapter=qlora", "adapter.r=4"]),
-        (3, ["batch_size=2", "minibatches=1"]),  # one process has nothing to compute
-        (2, ["algo=rloo", "rollouts_per_prompt=2", "ptx_coef=0.1", "epochs=2"]),
+        ("ppo", "zero2", 2, ["adapter=lora", "adapter.r=4"]),
+        ("ppo", "zero2", 2, ["adapter=qlora", "adapter.r=4"]),
+        ("ppo", "zero2", 3, ["batch_size=2", "minibatches=1"]),  # one process has nothing to compute
+        ("ppo", "zero2", 2, ["algo=rloo", "rollouts_per_prompt=2", "ptx_coef=0.1", "epochs=2"]),
+        ("sft", "zero3", 2, ["adapter=lora", "adapter.r=4"]),
+        ("rm", "zero3", 2, ["adapter=lora", "adapter.r=4", "engine.tokens_per_pass=60"]),
+        ("ppo", "zero3", 2, ["algo=rloo", "rollouts_per_prompt=2", "ptx_coef=0.1", "epochs=2"]),
+        ("ppo", "zero3", 2, ["engine.tokens_per_pass=100", "minibatches=3", "gradient_checkpointing=true"]),
+        ("ppo", "zero3", 3, ["adapter=lora", "adapter.r=4", "batch_size=2", "minibatches=1"]),
     ],
 )
-def test_every_kind_of_run_has_the_numbers_of_one_process(
-    tiny_run: Path, tmp_path: Path, count: int, settings: list[str]
+def test_every_kind_of_run_has_the_numbers_of_one_process(  # noqa: PLR0913 (fixtures and parameters)
+    tiny_run: Path, tmp_path: Path, stage: str, engine: str, count: int, settings: list[str]
 ) -> None:
-    own = [*settings, "updates=3"]
-    alone, several = (copy_of(tiny_run, tmp_path / name, "ppo") for name in ("alone", "several"))
-    assert run_stage("ppo", *words_under(alone, "ppo", "single", 1), *own).status == 0
-    result = run_stage("ppo", *words_under(several, "ppo", "zero2", count), *own)
+    own = [*settings, *(["updates=3"] if stage == "ppo" else [])]
+    alone, several = (copy_of(tiny_run, tmp_path / name, stage) for name in ("alone", "several"))
+    assert run_stage(stage, *words_under(alone, stage, "single", 1), *own).status == 0
+    result = run_stage(stage, *words_under(several, stage, engine, count), *own)
     assert result.status == 0, result.output
-    ours, theirs = (read_lines(run / "ppo" / "metrics.jsonl") for run in (several, alone))
+    ours, theirs = (read_lines(run / stage / "metrics.jsonl") for run in (several, alone))
     assert all(close(mine, other) for mine, other in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "more"), [("sft", []), ("ppo", ["save_every=1"])])
+@pytest.mark.parametrize(
+    ("stage", "engine", "more"),
+    [
+        ("sft", "zero2", []),
+        ("ppo", "zero2", ["save_every=1"]),
+        ("sft", "zero3", []),
+        ("ppo", "zero3", ["save_every=1"]),
+    ],
+)
 def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
-    tiny_run: Path, tmp_path: Path, stage: str, more: list[str]
+    tiny_run: Path, tmp_path: Path, stage: str, engine: str, more: list[str]
 ) -> None:
     whole, run = (copy_of(tiny_run, tmp_path / name, stage) for name in ("whole", "parts"))
-    assert run_stage(stage, *words_under(whole, stage, "zero2"), *more).status == 0
+    assert run_stage(stage, *words_under(whole, stage, engine), *more).status == 0
 
-    words = [*words_under(run, stage, "zero2"), *more]
+    words = [*words_under(run, stage, engine), *more]
     folder = StageFolder(str(run.parent), run.name, stage)
     killed = run_until(lambda: folder.latest_state() is not None, stage, *words)
     assert killed.status == -9, killed.output
@@ -94,8 +119,8 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
     assert same_results(run / stage, whole / stage)
 
     refused = run_stage(stage, *words_of(other_count, stage), *more, "resume=true")
-    assert "engine.name (zero2 -> ddp)" in refused.error
-    resumed = run_stage(stage, *words_under(other_count, stage, "zero2", 1), *more, "resume=true")
+    assert f"engine.name ({engine} -> ddp)" in refused.error
+    resumed = run_stage(stage, *words_under(other_count, stage, engine, 1), *more, "resume=true")
     assert resumed.status == 0, resumed.output
     ours, theirs = (read_lines(place / stage / "metrics.jsonl") for place in (other_count, whole))
     assert all(close(mine, other) for mine, other in zip(ours[:5], theirs[:5], strict=True))
@@ -104,33 +129,46 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
 SHARED = """
 import json, math, os, sys
 import torch
+from rlhf.models.sharded import whole_weights
 from rlhf.processes import leave, processes
-from rlhf.zero import ShardedAdamW
+from rlhf.zero import Root, ShardedAdamW, share_out
 
 settings, steps = json.loads(sys.argv[1]), int(sys.argv[2])
 together, generator = processes(), torch.Generator().manual_seed(0)
 def numbers(*shape): return torch.randn(*shape, generator=generator)
-first, second = (torch.nn.Parameter(numbers(*shape)) for shape in ((5, 7), (11,)))
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (torch.nn.Parameter(numbers(*shape)) for shape in ((5, 7), (11,)))
+    def forward(self, row): return (row @ self.first).square().sum() + (self.second * row.sum()).sum()
+two = Two()
+root, (first, second) = Root([two]), two.parameters()
+shares_weights = settings["zero_optimization"]["stage"] == 3
+if shares_weights:
+    share_out(root, settings)
+    assert not first.numel() and not second.numel()
 groups = [{"params": [first], "lr": 0.1, "weight_decay": 0.1}]
 groups += [{"params": [second], "lr": 0.2, "weight_decay": 0.0}]
-optimizer = ShardedAdamW([groups], settings, together, clip=1.0, epsilon=1e-5)
+roots = [root] if shares_weights else []
+optimizer = ShardedAdamW([groups], settings, together, clip=1.0, epsilon=1e-5, roots=roots)
 norms = []
 for step in range(steps):
     if step == 2:
         optimizer.load_state_dict(optimizer.state_dict())
     inputs = numbers(4, 5)
     for row in range(together.rank, 4, together.count):
-        loss = ((inputs[row] @ first).square().sum() + (second * inputs[row].sum()).sum())
-        optimizer.backward(loss, last=row + together.count >= 4)
+        optimizer.backward(root.run(lambda: two(inputs[row])), last=row + together.count >= 4)
     norms += optimizer.norms()
     optimizer.step()
-flats = optimizer.engines[0].optimizer.single_partition_of_fp32_groups
+own = optimizer.engines[0].optimizer
+flats = own.fp32_partitioned_groups_flat if shares_weights else own.single_partition_of_fp32_groups
 state = optimizer.state_dict()
-found = {"norms": norms, "first": first.tolist(), "second": second.tolist()}
+with whole_weights(two):
+    found = {"norms": norms, "first": first.tolist(), "second": second.tolist()}
 found["held"] = sum(len(each) for each in flats)
 moments = [state["state"][index] for index in range(2)]
 found["moments"] = [each[key].tolist() for each in moments for key in ("exp_avg", "exp_avg_sq")]
-optimizer.backward(first.sum() * float(sys.argv[3]), last=True)
+optimizer.backward(root.run(lambda: two(inputs[0])) * float(sys.argv[3]), last=True)
 found["finite"] = math.isfinite(optimizer.norms()[0])
 if together.is_main:
     print(json.dumps(found))
@@ -157,10 +195,12 @@ def on_two(settings: dict[str, Any], steps: int, last: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "last"), zip(ENGINES, ("inf", "nan", "nan"), strict=True))
+@pytest.mark.parametrize(("engine", "last"), zip(ENGINES, ("inf", "nan", "nan", "inf", "nan"), strict=True))
 def test_each_process_holds_half_and_all_make_the_steps_of_torch(engine: str, last: str) -> None:
     settings = deepspeed_settings(load_config("ppo", [f"engine={engine}"]).engine)
     assert settings is not None
+    if "zero3" in engine:
+        settings["zero_optimization"] |= NOTHING_SMALL["zero_optimization"]
     found = on_two(settings, steps=4, last=last)
     assert 5 * 7 + 11 <= 2 * found["held"] <= 5 * 7 + 11 + 8, "half, and some padding"
 
@@ -215,7 +255,7 @@ def test_a_users_own_configuration_is_laid_over_ours(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=contradicts):
         deepspeed_settings(config.engine)
     config = load_config("ppo", [f"engine.deepspeed_config={path}"])
-    with pytest.raises(ValueError, match=r"needs DeepSpeed: set engine=zero1, zero2 or zero2_offload"):
+    with pytest.raises(ValueError, match=r"needs DeepSpeed: set engine=zero1, zero2 or zero3"):
         deepspeed_settings(config.engine)
 
 
@@ -224,3 +264,17 @@ def test_a_critic_on_the_policys_trunk_is_refused_before_anything_is_loaded() ->
         ValueError, match=r"critic_trunk=policy .* engine=zero1: use critic_trunk=own, or engine=ddp"
     ):
         load_config("ppo", ["engine=zero1", "critic_trunk=policy"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "word", "remedy"),
+    [
+        ("ppo", "adapter=qlora", "use adapter=lora, or engine=zero2_offload"),
+        ("sft", "packing=true", "set packing=false, or engine=zero2_offload"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused_before_anything_is_loaded(
+    stage: str, word: str, remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{word}.*engine=zero3_offload.*{remedy}"):
+        load_config(stage, ["engine=zero3_offload", word])
