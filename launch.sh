@@ -169,7 +169,7 @@ for word in ${1+"$@"}; do
   case $word in
     help | --help | -h) help=yes ;;
     stage=test) need=dev ;;
-    engine=zero*) [ "$need" = dev ] || need=deepspeed ;;
+    engine=zero* | zero_processes=*) [ "$need" = dev ] || need=deepspeed ;;
   esac
 done
 if [ -n "$help" ]; then

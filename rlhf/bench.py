@@ -8,8 +8,10 @@ P prompt tokens, R response tokens, B episodes of an update, N weights of the la
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +36,7 @@ from rlhf.engine import (
 from rlhf.experience import build_experience
 from rlhf.files import hash_path
 from rlhf.models.adapters import add_lora, merged_copy
+from rlhf.models.llama import join_weights
 from rlhf.models.loading import (
     LoadOptions,
     load_causal_lm,
@@ -44,8 +47,10 @@ from rlhf.models.loading import (
     trunk,
 )
 from rlhf.models.roles import Roles, build_roles
+from rlhf.models.sharded import shard
 from rlhf.ppo import Learner
 from rlhf.ppo_run import build_reward
+from rlhf.processes import leave
 from rlhf.sampling.policy import ready_to_sample
 from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
 
@@ -94,6 +99,32 @@ def sampler(spec: dict[str, Any]) -> dict[str, float]:
     functions = {"ours": ours, "generate": generate}
     num_tokens = len(prompts) * decoding.max_new_tokens
     return {name: num_tokens / _seconds(engine, function) for name, function in functions.items()}
+
+
+def shared_rollout(spec: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a rollout, and of making its weights whole, by one of several processes under DeepSpeed: the
+    least of three.
+    """
+    engine = _engine({**spec, "adapter": "none"})
+    options = load_options(_Settings(spec["model"]), engine, trained=True, sharded=True)
+    model = load_causal_lm(spec["model"]["path"], options)
+    shard(model, engine, trained=True, copied=True)
+    join_weights(trunk(model))
+    prompts, decoding = _prompts(spec), Decoding(spec["response_tokens"])
+    uniforms = draw_uniforms(len(prompts), decoding.max_new_tokens, 0)
+    found = []
+    for _ in range(4):
+        clock = _Clock(engine)
+        engine.processes.all_of(None)
+        with contextlib.ExitStack() as stack:
+            ready = clock.run("score", stack.enter_context, ready_to_sample(model, engine))
+            mine = slice(engine.processes.rank, None, engine.processes.count)
+            more = {"eos_token_id": NEVER_ENDS, "pad_token_id": 0, "uniforms": uniforms[mine]}
+            clock.run("sample", sample, ready, prompts[mine], decoding, **more)
+        found.append((sum(clock.seconds.values()), clock.seconds["score"]))
+    whole, ready_in = min(found[1:])
+    leave()
+    return {"seconds": whole, "ready_in": ready_in}
 
 
 def prepare(spec: dict[str, Any]) -> dict[str, float]:
@@ -325,6 +356,7 @@ def _wait(engine: Engine) -> None:
 PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "products": products,
     "sampler": sampler,
+    "rollout": shared_rollout,
     "prepare": prepare,
     "ppo": ppo,
     "passes": passes,
@@ -332,4 +364,6 @@ PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    print(json.dumps(PARTS[given["part"]](given)))
+    print(json.dumps(PARTS[given["part"]](given)), flush=True)
+    if "deepspeed" in sys.modules:
+        os._exit(0)  # with its groups of processes a process may abort at its end

@@ -281,6 +281,7 @@ class BenchConfig:
     epochs: int
     updates: int
     find_tokens_per_pass: bool
+    zero_processes: int | None
     peer: str | None
 
 

@@ -41,6 +41,7 @@ AT_LEAST_ONE = {
     "eval_prompts",
     "tokens_per_pass",
     "workers",
+    "zero_processes",
     "max_prompt_tokens",
     "max_response_tokens",
     "max_length",

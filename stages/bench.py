@@ -19,6 +19,7 @@ from rlhf.files import write_text
 from rlhf.metrics import progress
 from rlhf.sources import fetch_wheel
 from stages.common import resolved
+from stages.launch import Place, start
 
 TRL_PPO_WHEEL = ("trl", "1.12.0", "9c8f117b21a941edbc85744f5a341c9453d38e81f24ae81d3c6e9b9ca3b96409")
 ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
@@ -39,7 +40,9 @@ def main(overrides: list[str]) -> None:
         return
     peers = [adapter for adapter in config.adapters if config.peer and adapter in ("none", "lora")]
     found: dict[str, Any] = {"ppo": {}, "peer": {}}
-    bar = progress(3 + len(config.adapters) + len(peers), initial=0, unit="part", description="bench")
+    engines = ("zero2", "zero3") if config.zero_processes else ()
+    total = 3 + len(config.adapters) + len(peers) + len(engines)
+    bar = progress(total, initial=0, unit="part", description="bench")
     with tempfile.TemporaryDirectory() as temporary:
         spec["folder"] = temporary
 
@@ -50,6 +53,9 @@ def main(overrides: list[str]) -> None:
 
         found["products"] = run("products")
         found["sampler"] = run("sampler")
+        for name in engines:
+            found.setdefault("rollout", {})[name] = run_several(name, config.zero_processes, spec)
+            bar.update(1)
         run("prepare")
         for adapter in config.adapters:
             found["ppo"][adapter] = run("ppo", adapter=adapter)
@@ -123,6 +129,22 @@ def run_part(command: list[str], **environment: str) -> Any:
     return json.loads(lines[-1])
 
 
+def run_several(engine: str, count: int, spec: dict[str, Any]) -> Any:
+    """Time a rollout by several processes under an engine of DeepSpeed's."""
+    settings = load_config("ppo", [f"engine={engine}"]).engine.deepspeed
+    spec = {**spec, "part": "rollout", "engine": {**spec["engine"], "deepspeed": settings}}
+    command = [sys.executable, "-m", "rlhf.bench", json.dumps(spec)]
+    with tempfile.TemporaryFile("w+") as said:
+        children = start(
+            command, Place(count, count, 0, None), None, stdout=subprocess.PIPE, stderr=said, text=True
+        )
+        lines = [child.communicate()[0].strip().splitlines() for child in children]
+        if any(child.returncode for child in children) or not lines[0]:
+            said.seek(0)
+            raise ValueError(f"the rollout under {engine} failed:\n" + said.read()[-3000:])
+    return json.loads(lines[0][-1])
+
+
 def run_peer(config: Any, spec: dict[str, Any], dtype: str, adapter: str) -> Any:
     """Time TRL's last PPO on the same workload; its own script prints episodes a second and peak memory."""
     with tempfile.TemporaryDirectory() as library:
@@ -174,6 +196,9 @@ def table(found: dict[str, Any], *, command: str) -> str:
         if len(row["memory_gib"]) >= 10:
             lines += ["", f"Memory held, {adapter}: {row['memory_gib'][1]:.3f} GiB after update 2, "]
             lines[-1] += f"{row['memory_gib'][-1]:.3f} after update {len(row['memory_gib'])}."
+    for name, row in found.get("rollout", {}).items():
+        lines += ["", f"A rollout by {found['settings']['zero_processes']} processes under {name}: "]
+        lines[-1] += f"{row['seconds']:.2f} s, of which weights are made ready in {row['ready_in']:.2f}."
     if found["peer"]:
         lines += [
             "",

@@ -107,20 +107,8 @@ def _address_of(host: str) -> str | None:
 def launch(stage: str, words: list[str], config: Any) -> int:
     """Run a stage as this machine's share of all processes; return the status a shell would."""
     place = place_of(config)
-    count, here, first = place.count, place.here, place.first
-    address = _address(place, config.main_port)
-    path = os.pathsep.join(filter(None, [str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]))
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _num_cores() // here)))
-    common = {COUNT: str(count), ADDRESS: address, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
     command = [sys.executable, str(ENTRY_POINT), f"stage={stage}", *words]
-    children = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **common, RANK: str(first + local), "CUDA_VISIBLE_DEVICES": gpu},
-            start_new_session=True,
-        )
-        for local, gpu in enumerate(_gpus(here))
-    ]
+    children = start(command, place, config.main_port, start_new_session=True)
 
     def forward(number: int, _: Any) -> None:
         for child in children:
@@ -131,11 +119,26 @@ def launch(stage: str, words: list[str], config: Any) -> int:
     try:
         while not any(child.poll() for child in children) and any(c.poll() is None for c in children):
             time.sleep(0.05)
-        return _ending(children, first, count)
+        return _ending(children, place.first, place.count)
     finally:
         _end(children)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def start(command: list[str], place: Place, main_port: int | None, **how: Any) -> list[Any]:
+    """Start a command as this machine's processes, which join those of the others; `how`: as in Popen."""
+    address = _address(place, main_port)
+    path = os.pathsep.join(filter(None, [str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _num_cores() // place.here)))
+    common = {COUNT: str(place.count), ADDRESS: address, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    ranks = {local: str(place.first + local) for local in range(place.here)}
+    return [
+        subprocess.Popen(
+            command, env={**os.environ, **common, RANK: ranks[local], "CUDA_VISIBLE_DEVICES": gpu}, **how
+        )
+        for local, gpu in enumerate(_gpus(place.here))
+    ]
 
 
 def _ending(children: list[subprocess.Popen[bytes]], first: int, count: int) -> int:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -120,6 +121,17 @@ def same_results(folder: Path, other: Path) -> bool:
         return True
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (folder, other))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def first_of_two_says(script: str, *words: str) -> Any:
+    """The JSON that the first of two processes prints last, which run a Python script together."""
+    from stages.launch import Place, start
+
+    command = [sys.executable, "-c", script, *words]
+    started = start(command, Place(2, 2, 0, None), None, stdout=subprocess.PIPE, text=True)
+    said = [process.communicate(timeout=LONGEST_RUN)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    return json.loads(said[0].splitlines()[-1])
 
 
 def read_json(path: Path) -> Any:

@@ -23,7 +23,7 @@ def test_the_bench_runs_and_writes_its_tables(tmp_path: Path) -> None:
         "prompt_tokens=6",
         "response_tokens=4",
     ]
-    main([*words, "updates=2", "adapters=[none,lora]", "engine.device=cpu"])
+    main([*words, "updates=2", "adapters=[none,lora]", "engine.device=cpu", "zero_processes=2"])
     found = json.loads((tmp_path / "x" / "bench" / "bench.json").read_text())
     assert found["products"]["limit"] > 1e8 and min(found["sampler"].values()) > 0
     assert not found["ppo"]["none"]["one_trunk"] and found["ppo"]["lora"]["one_trunk"]
@@ -33,6 +33,8 @@ def test_the_bench_runs_and_writes_its_tables(tmp_path: Path) -> None:
         assert 0 < row["flops"]["whole"] < found["products"]["limit"]
         assert 0.1 < row["peak_memory_gib"] < 4
         assert "aten::mm" in row["operations"] and sum(row["operations"].values()) < 1
+    assert found["rollout"].keys() == {"zero2", "zero3"}
+    assert all(0 < row["ready_in"] < row["seconds"] for row in found["rollout"].values())
     report = (tmp_path / "x" / "bench" / "bench.md").read_text()
     assert "one base for four roles" in report and "Hugging Face generate" in report
 

@@ -1,11 +1,7 @@
 """DeepSpeed's ZeRO: the numbers of one process, though each holds a part alone of what is shared out."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +9,9 @@ import pytest
 import torch
 
 from rlhf.checkpoint import StageFolder
-from rlhf.config import PROJECT_DIR, load_config
+from rlhf.config import load_config
 from rlhf.zero import deepspeed_settings
-from tests.stage_runs import read_lines, run_stage, run_until, same_results
+from tests.stage_runs import first_of_two_says, read_lines, run_stage, run_until, same_results
 from tests.test_processes import close, copy_of, words_of
 
 ENGINES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
@@ -178,22 +174,6 @@ os._exit(0)
 """
 
 
-def on_two(settings: dict[str, Any], steps: int, last: str) -> Any:
-    """What the first of two processes prints; `last`: a factor of one more loss."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-c", SHARED, json.dumps(settings), str(steps), last]
-    common = {**os.environ, "PYTHONPATH": str(PROJECT_DIR), "RLHF_COUNT": "2", "RLHF_ADDRESS": address}
-    started = [
-        subprocess.Popen(command, env={**common, "RLHF_RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    return json.loads(said[0].splitlines()[-1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "last"), zip(ENGINES, ("inf", "nan", "nan", "inf", "nan"), strict=True))
 def test_each_process_holds_half_and_all_make_the_steps_of_torch(engine: str, last: str) -> None:
@@ -201,7 +181,7 @@ def test_each_process_holds_half_and_all_make_the_steps_of_torch(engine: str, la
     assert settings is not None
     if "zero3" in engine:
         settings["zero_optimization"] |= NOTHING_SMALL["zero_optimization"]
-    found = on_two(settings, steps=4, last=last)
+    found = first_of_two_says(SHARED, json.dumps(settings), "4", last)
     assert 5 * 7 + 11 <= 2 * found["held"] <= 5 * 7 + 11 + 8, "half, and some padding"
 
     generator = torch.Generator().manual_seed(0)
