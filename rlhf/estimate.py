@@ -14,7 +14,7 @@ from rlhf.config import cache_dir
 from rlhf.settings import WEIGHTS, PPOConfig, StageConfig, zero_stage
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
-FROZEN_BYTES = {"none": 4.0, "nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with its scales
+FROZEN_BYTES = {"nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with its scales
 # Frozen models in memory. With adapters ppo has one; a reward model that is no adapter on it is a second.
 ADAPTER_BASES = {"sft": 1, "rm": 1, "ppo": 1}
 FULL_BASES = {"sft": 0, "collect": 1, "rm": 0, "ppo": 2, "evaluate": 3}
@@ -164,20 +164,25 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
     """Return bytes by purpose."""
     trains = stage in ("sft", "rm", "ppo")
     adapted = trains and bool(config.adapter.r)
-    linear_bytes = FROZEN_BYTES[config.adapter.quantization] if adapted else 4.0
+    number_bytes = 2 if config.engine.dtype == "bfloat16" else 4
+    quantized = FROZEN_BYTES.get(config.adapter.quantization) if adapted else None
+    frozen: float = shape.parameters * number_bytes
+    if quantized is not None:
+        frozen = shape.linear * quantized + shape.embedding * 4.0
     bases = ADAPTER_BASES[stage] if adapted else FULL_BASES[stage]
     if adapted and isinstance(config, PPOConfig) and _has_own_trunk(config.critic):
         bases += 1
-    number_bytes = 2 if config.engine.dtype == "bfloat16" else 4
     stage_of_zero = zero_stage(config.engine.deepspeed) if trains else 0
-    holders = (config.num_processes or 1) if stage_of_zero == WEIGHTS else 1
-    trained_bytes = _trained_bytes(2 if adapted and holders > 1 else stage_of_zero, config.num_processes or 1)
+    count = config.num_processes or 1
+    holders = count if stage_of_zero == WEIGHTS else 1
+    trained_bytes = _trained_bytes(2 if adapted and holders > 1 else stage_of_zero, count)
     parts = {
-        "frozen weights": bases * (shape.linear * linear_bytes + shape.embedding * 4.0) / holders,
+        "frozen weights": bases * frozen / holders,
         "trained weights": _trained_parameters(stage, config, shape) * trained_bytes,
     }
     if stage_of_zero == WEIGHTS and stage != "rm":
-        parts["whole copy to sample from"] = shape.linear * number_bytes + shape.embedding * 4.0
+        copied = shape.linear * number_bytes + shape.embedding * (number_bytes if adapted else 4)
+        parts["whole copy to sample from"] = copied
     rows = config.batch_size * (LIST_LENGTH if stage == "rm" else 1)
     tokens = rows * (config.data.max_prompt_tokens + config.data.max_response_tokens)
     if trains:
@@ -189,7 +194,7 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
             scored = micro_rows * config.data.max_response_tokens if stage == "ppo" else micro_tokens
             parts["logits"] = scored * shape.vocab * (number_bytes + 8)
     if isinstance(config, PPOConfig) or not trains:
-        parts["sampling cache"] = tokens * shape.layers * 2 * shape.key_value * number_bytes
+        parts["sampling cache"] = tokens / count * shape.layers * 2 * shape.key_value * number_bytes
     return {name: value for name, value in parts.items() if value}
 
 
