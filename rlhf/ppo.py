@@ -117,11 +117,12 @@ class Learner:
             {"params": models.critic_parameters(), "lr": config.critic_learning_rate},
         ]
         groups = [{**group, "weight_decay": 0.0} for group in groups if group["params"]]
+        trained = [model for model in (models.policy, models.critic) if model is not None]
         self.optimizer = engine.adamw(
             [[group] for group in groups],
             clip=config.clip.grad_norm,
             epsilon=ADAM_EPSILON,
-            roots=[root_of(model) for model in (models.policy, models.critic) if model is not None],
+            roots=[root_of(model) for model in trained if engine.shards_weights],
         )
 
     def set_learning_rates(self, step: int) -> None:

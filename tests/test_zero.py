@@ -33,9 +33,7 @@ def words_under(run: Path, stage: str, engine: str, count: int = 2) -> list[str]
 @pytest.mark.parametrize(
     ("stage", "engine", "count"),
     [
-        ("sft", "zero1", 2),
         ("sft", "zero2", 2),
-        ("rm", "zero1", 2),
         ("rm", "zero2", 2),
         ("ppo", "zero1", 2),
         ("ppo", "zero2", 3),
