@@ -20,10 +20,11 @@ import psutil
 import torch
 
 from rlhf import workers
+from rlhf.deepspeed_config import deepspeed_settings
 from rlhf.processes import ALONE, Processes, processes
 from rlhf.rounding import rounded_once
 from rlhf.settings import WEIGHTS, zero_stage
-from rlhf.zero import Root, ShardedAdamW, deepspeed_settings
+from rlhf.zero import Root, ShardedAdamW
 
 # Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length and to
 # hold a pass's activations. On a processor small models need more of them, and so do full weights, whose

@@ -31,7 +31,7 @@ RANK, COUNT, ADDRESS = "RLHF_RANK", "RLHF_COUNT", "RLHF_ADDRESS"
 PATIENCE = datetime.timedelta(hours=6)
 PATIENCE_AT_START = datetime.timedelta(minutes=10)
 
-# Numbers that are summed over all processes at a time.
+# Numbers that travel between processes at a time.
 BUCKET = 1 << 24
 
 
@@ -90,7 +90,7 @@ class Processes:
         for index, parameter in enumerate(parameters):
             if there[index] and found[index] is None:
                 found[index] = torch.zeros_like(parameter)
-        for bucket in _buckets([gradient for gradient in found if gradient is not None]):
+        for bucket in buckets([gradient for gradient in found if gradient is not None]):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             with _together():
                 dist.all_reduce(flat)
@@ -203,14 +203,16 @@ def _group() -> Any:
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors in groups of about BUCKET numbers, each of one type."""
+def buckets(
+    tensors: Sequence[Tensor], numel: Callable[[Tensor], int] = lambda tensor: tensor.numel()
+) -> list[list[Tensor]]:
+    """Tensors in groups of about BUCKET numbers, each of one type; `numel` counts those of one."""
     groups: list[list[Tensor]] = []
     size = 0
     for tensor in tensors:
-        if not groups or size + tensor.numel() > BUCKET or groups[-1][0].dtype != tensor.dtype:
+        if not groups or size + numel(tensor) > BUCKET or groups[-1][0].dtype != tensor.dtype:
             groups.append([])
             size = 0
         groups[-1].append(tensor)
-        size += tensor.numel()
+        size += numel(tensor)
     return groups

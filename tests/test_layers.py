@@ -37,6 +37,7 @@ LAYERS = {
     "processes": 1,
     "rounding": 1,
     "zero": 2,
+    "deepspeed_config": 1,
     "metrics": 2,
     "training": 2,
     "training_state": 2,

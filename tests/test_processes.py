@@ -18,7 +18,7 @@ from rlhf.checkpoint import StageFolder
 from rlhf.config import PROJECT_DIR, load_config
 from rlhf.processes import ALONE, Processes, by_main
 from stages.launch import Place, place_of
-from tests.stage_runs import SMALL, read_lines, run_stage, same_results
+from tests.stage_runs import SMALL, Result, read_lines, run_stage, same_results
 
 BEFORE = {
     "sft": (),
@@ -54,19 +54,25 @@ def close(ours: Any, theirs: Any) -> bool:
     )
 
 
+def has_the_numbers_of(alone: Path, run: Path, stage: str, words: list[str]) -> Result:
+    """Run a stage; assert that its metrics are those that it has in `alone`, and that it speaks once."""
+    result = run_stage(stage, *words)
+    assert result.status == 0, result.output
+    ours, theirs = (read_lines(folder / stage / "metrics.jsonl") for folder in (run, alone))
+    assert len(ours) == len(theirs) >= 5
+    for mine, other in zip(ours[:5], theirs[:5], strict=True):
+        assert close(mine, other), (mine, other)
+    assert result.output.count("; model in") == 1, "one process alone speaks"
+    return result
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "count"), [("sft", 2), ("rm", 2), ("ppo", 2), ("ppo", 3)])
 def test_training_has_the_numbers_of_one_process(
     tiny_run: Path, tmp_path: Path, stage: str, count: int
 ) -> None:
     run = copy_of(tiny_run, tmp_path, stage)
-    result = run_stage(stage, *words_of(run, stage, count))
-    assert result.status == 0, result.output
-    ours, theirs = (read_lines(folder / stage / "metrics.jsonl") for folder in (run, tiny_run))
-    assert len(ours) == len(theirs) >= 5
-    for mine, other in zip(ours[:5], theirs[:5], strict=True):
-        assert close(mine, other), (mine, other)
-    assert result.output.count("; model in") == 1, "one process alone speaks"
+    has_the_numbers_of(tiny_run, run, stage, words_of(run, stage, count))
 
 
 @pytest.mark.slow

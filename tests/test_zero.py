@@ -10,9 +10,9 @@ import torch
 
 from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config
-from rlhf.zero import deepspeed_settings
+from rlhf.deepspeed_config import deepspeed_settings
 from tests.stage_runs import first_of_two_says, read_lines, run_stage, run_until, same_results
-from tests.test_processes import close, copy_of, words_of
+from tests.test_processes import close, copy_of, has_the_numbers_of, words_of
 
 ENGINES = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 
@@ -49,13 +49,7 @@ def test_training_has_the_numbers_of_one_process_without_deepspeed(
     tiny_run: Path, tmp_path: Path, stage: str, engine: str, count: int
 ) -> None:
     run = copy_of(tiny_run, tmp_path, stage)
-    result = run_stage(stage, *words_under(run, stage, engine, count))
-    assert result.status == 0, result.output
-    ours, theirs = (read_lines(folder / stage / "metrics.jsonl") for folder in (run, tiny_run))
-    assert len(ours) == len(theirs) >= 5
-    for mine, other in zip(ours[:5], theirs[:5], strict=True):
-        assert close(mine, other), (mine, other)
-    assert result.output.count("; model in") == 1, "one process alone speaks"
+    result = has_the_numbers_of(tiny_run, run, stage, words_under(run, stage, engine, count))
     assert "/ld:" not in result.output, "what DeepSpeed could not compile is no message for users"
 
 
@@ -121,10 +115,10 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
 
 
 SHARED = """
-import json, math, os, sys
+import json, math, sys
 import torch
 from rlhf.models.sharded import whole_weights
-from rlhf.processes import leave, processes
+from rlhf.processes import processes
 from rlhf.zero import Root, ShardedAdamW, share_out
 
 settings, steps = json.loads(sys.argv[1]), int(sys.argv[2])
@@ -164,11 +158,6 @@ moments = [state["state"][index] for index in range(2)]
 found["moments"] = [each[key].tolist() for each in moments for key in ("exp_avg", "exp_avg_sq")]
 optimizer.backward(root.run(lambda: two(inputs[0])) * float(sys.argv[3]), last=True)
 found["finite"] = math.isfinite(optimizer.norms()[0])
-if together.is_main:
-    print(json.dumps(found))
-leave()
-sys.stdout.flush()
-os._exit(0)
 """
 
 

@@ -14,18 +14,16 @@ from typing import Any, TypeVar
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.engine import Engine
 from rlhf.models.loading import trunk
 from rlhf.models.lora import merged_weight
+from rlhf.processes import buckets
 from rlhf.zero import Root, initialize, load_deepspeed, local_rank, share_out
 
 T = TypeVar("T")
-
-# Numbers that are gathered at a time where a model is copied whole.
-BUCKET = 1 << 26
 
 
 def shard(
@@ -105,15 +103,11 @@ def _filled(model: Any, root: Root, dtype: torch.dtype | None) -> Any:
     matrices = {
         id(module.weight) for module in copied.modules() if isinstance(module, nn.Linear | Conv1D)
     } - embeddings
-    places = dict(copied.named_parameters())
-    pairs = [
-        (parameter, places[name.replace(".base_layer.", ".")])
-        for name, parameter in base.named_parameters()
-        if ".lora_" not in name
-    ]
-    for some in _buckets(pairs):
-        with _gathered([parameter for parameter, _ in some if hasattr(parameter, "ds_id")]), torch.no_grad():
-            for parameter, place in some:
+    names = {parameter: name for name, parameter in base.named_parameters() if ".lora_" not in name}
+    for some in buckets(list(names), lambda each: getattr(each, "ds_numel", 0)):
+        with _gathered([each for each in some if hasattr(each, "ds_id")]), torch.no_grad():
+            for parameter in some:
+                place = copied.get_parameter(names[parameter].replace(".base_layer.", "."))
                 rounds = dtype is not None and id(place) in matrices
                 place.data = parameter.data.to(dtype if rounds else parameter.dtype, copy=True)
     with torch.no_grad():
@@ -122,19 +116,6 @@ def _filled(model: Any, root: Root, dtype: torch.dtype | None) -> Any:
                 weight = copied.get_submodule(name).weight
                 weight.data = merged_weight(layer, weight.data)
     return copied
-
-
-def _buckets(pairs: list[tuple[Any, Tensor]]) -> Iterator[list[tuple[Any, Tensor]]]:
-    bucket: list[tuple[Any, Tensor]] = []
-    size = 0
-    for parameter, place in pairs:
-        bucket.append((parameter, place))
-        size += getattr(parameter, "ds_numel", 0)
-        if size >= BUCKET:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
 
 
 @contextlib.contextmanager
