@@ -21,8 +21,8 @@ import torch
 
 from rlhf import workers
 from rlhf.deepspeed_config import deepspeed_settings
+from rlhf.derived import unchanged_weights
 from rlhf.processes import ALONE, Processes, processes
-from rlhf.rounding import rounded_once
 from rlhf.settings import WEIGHTS, zero_stage
 from rlhf.zero import Root, ShardedAdamW
 
@@ -68,13 +68,10 @@ class Engine:
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        """Matrix products in `dtype`, to which weights are rounded once, so they must not change inside;
-        nothing happens in float32.
-        """
-        if self.dtype == torch.float32:
-            yield
-            return
-        with torch.autocast(self.device.type, dtype=self.dtype), rounded_once():
+        """Matrix products in `dtype`, to which weights are rounded once, so they must not change inside."""
+        rounds = self.dtype != torch.float32
+        cast = torch.autocast(self.device.type, dtype=self.dtype) if rounds else contextlib.nullcontext()
+        with cast, unchanged_weights():
             yield
 
     def no_autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -112,9 +112,10 @@ class Learner:
     ) -> None:
         self.models, self.engine, self.config, self.mix = models, engine, config, mix
         self.step = 0
-        groups = [
-            {"params": models.policy_parameters(), "lr": config.learning_rate},
-            {"params": models.critic_parameters(), "lr": config.critic_learning_rate},
+        self.trained = [models.policy_parameters(), models.critic_parameters()]
+        rates = (config.learning_rate, config.critic_learning_rate)
+        groups: list[Any] = [
+            {"params": each, "lr": rate} for each, rate in zip(self.trained, rates, strict=True)
         ]
         groups = [{**group, "weight_decay": 0.0} for group in groups if group["params"]]
         trained = [model for model in (models.policy, models.critic) if model is not None]
@@ -212,8 +213,7 @@ class Learner:
         """The norms of the gradients of policy and critic, which are clipped by them."""
         if isinstance(self.optimizer, ShardedAdamW):
             return self.optimizer.norms()
-        trained = [self.models.policy_parameters()]
-        trained += [] if self.models.critic is None else [self.models.critic_parameters()]
+        trained = self.trained[: 1 if self.models.critic is None else 2]
         return [float(nn.utils.clip_grad_norm_(each, self.config.clip.grad_norm)) for each in trained]
 
     def descend(
@@ -227,7 +227,7 @@ class Learner:
         """
         if isinstance(self.optimizer, ShardedAdamW):
             return self._descend_sharded(terms, pieces, self.optimizer, model=model, last=last)
-        parameters = [*self.models.policy_parameters(), *self.models.critic_parameters()]
+        parameters = [*self.trained[POLICY], *self.trained[CRITIC]]
         no_gradients: list[Tensor | None] = [None] * len(parameters)
 
         processes = self.engine.processes

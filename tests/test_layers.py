@@ -35,7 +35,7 @@ LAYERS = {
     "files": 1,
     "parents": 2,
     "processes": 1,
-    "rounding": 1,
+    "derived": 1,
     "zero": 2,
     "deepspeed_config": 1,
     "metrics": 2,

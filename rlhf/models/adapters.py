@@ -126,15 +126,13 @@ def acting(model: Any, adapter: str | None) -> Iterator[None]:
     What is trained stays as it is: peft's own switches make only the adapter that acts trainable, and a
     backward pass after the next switch would leave the others without gradients.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if not layers:
-        yield
-        return
-    before = layers[0].active_adapters
+    found = (module for module in model.modules() if isinstance(module, LoraLayer))
+    first = next(found, None)
     wanted = [] if adapter is None else [adapter]
-    if before == wanted:
+    if first is None or first.active_adapters == wanted:
         yield
         return
+    before, layers = first.active_adapters, [first, *found]
     _activate(layers, wanted)
     try:
         yield
@@ -144,8 +142,7 @@ def acting(model: Any, adapter: str | None) -> Iterator[None]:
 
 def _activate(layers: list[Any], names: list[str]) -> None:
     for layer in layers:
-        with _same_flags(layer):
-            layer.set_adapter(names)
+        layer._active_adapter = names
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from rlhf.rounding import rounded
+from rlhf.derived import derived, rounded
 
 
 class Parts(NamedTuple):
@@ -130,20 +130,15 @@ def products(before: Before, inputs: Sequence[Tensor], layers: Sequence[Parts]) 
     return y.view(*inputs[0].shape[:-1], y.shape[-1])
 
 
-def whole_weight(layers: Sequence[Parts], dtype: torch.dtype) -> Tensor:
-    """The matrices W (O, I) of layers below one another, in a number type."""
-    weights = [layer.weight for layer in layers]
-    return rounded(weights[0].detach() if len(layers) == 1 else joined(weights), dtype)
-
-
 class Whole:
-    """Layers as one: W (O, I), bias (O,), A (r, I) of all adapters in W's number type, and B (O, r), where
+    """Layers as one, in a number type: W (O, I), bias (O,), A (r, I) of all adapters, and B (O, r), where
     each adapter has rows and columns of its own.
     """
 
-    def __init__(self, layers: Sequence[Parts], weight: Tensor) -> None:
-        kind = weight.dtype
-        self.weight, self.bias, self.a, self.b = weight, None, None, None
+    def __init__(self, layers: Sequence[Parts], kind: torch.dtype) -> None:
+        weights = [layer.weight for layer in layers]
+        self.weight = rounded(weights[0].detach() if len(layers) == 1 else joined(weights), kind)
+        self.bias, self.a, self.b = None, None, None
         if any(layer.bias is not None for layer in layers):
             biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias, *_ in layers]
             self.bias = torch.cat(biases).to(kind)
@@ -163,6 +158,12 @@ class Whole:
         if self.folded and self.a is not None and self.b is not None:
             self.weight = torch.addmm(self.weight, self.b, self.a)
 
+    @classmethod
+    def of(cls, layers: Sequence[Parts], kind: torch.dtype) -> Whole:
+        """The same for all passes while the weights do not change."""
+        tensors = [tensor for layer in layers for tensor in layer[:4]]
+        return derived(lambda: cls(layers, kind), tensors, kind, *(layer.scaling for layer in layers))
+
 
 class _Products(torch.autograd.Function):
     @staticmethod
@@ -170,15 +171,14 @@ class _Products(torch.autograd.Function):
         inputs, layers, hidden = tensors[:num_inputs], _layers(tensors[num_inputs:], scalings), None
         with torch.autocast(inputs[0].device.type, enabled=False):
             x = before.forward(*inputs)
-            weight = whole_weight(layers, x.dtype)
-            whole = Whole(layers, weight)
+            whole = Whole.of(layers, x.dtype)
             y = functional.linear(x, whole.weight, whole.bias)
             if whole.a is not None and whole.b is not None and not whole.folded:
                 hidden = x @ whole.a.t()
                 y.addmm_(hidden, whole.b.t())
         ctx.save_for_backward(*tensors, hidden)
         ctx.before, ctx.scalings, ctx.num_inputs = before, scalings, num_inputs
-        ctx.rounded = None if weight.dtype == layers[0].weight.dtype else weight
+        ctx.whole = whole
         return y
 
     @staticmethod
@@ -186,9 +186,10 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *saved, hidden = ctx.saved_tensors
         inputs, layers = saved[: ctx.num_inputs], _layers(saved[ctx.num_inputs :], ctx.scalings)
-        whole = Whole(layers, whole_weight(layers, grad.dtype) if ctx.rounded is None else ctx.rounded)
+        whole: Whole = ctx.whole
         low = None if hidden is None or whole.b is None else grad @ whole.b
-        steps, of_inputs = ctx.before.again(*inputs), [None] * len(inputs)
+        steps: list[Tensor] = ctx.before.again(*inputs)
+        of_inputs: list[Tensor | None] = [None] * len(inputs)
         if any(ctx.needs_input_grad[3 : 3 + len(inputs)]):
             of_output = grad @ whole.weight
             if low is not None and whole.a is not None:

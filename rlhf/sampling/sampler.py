@@ -119,12 +119,14 @@ def _generate(
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Leave training mode for a while: with gradient checkpointing a model in it ignores the cache."""
-    training = model.training
+    if not model.training:
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        model.train()
 
 
 def choose_tokens(

@@ -17,7 +17,6 @@ from rlhf.models.products import (
     join,
     joined,
     products,
-    whole_weight,
 )
 
 NORM = RmsNorm(1e-5)
@@ -70,7 +69,7 @@ def test_values_and_gradients_are_those_of_the_equations(before: Before, rank: i
     inputs, layers = inputs_of(before, 7), layers_of(7, rank)
     if together:
         join([layer.weight for layer in layers])
-    assert Whole(layers, whole_weight(layers, torch.float64)).folded == (rank == 3)
+    assert Whole(layers, torch.float64).folded == (rank == 3)
     tensors = [*inputs, *itertools.chain(*(layer[:4] for layer in layers))]
     trained = [each for each in tensors if each is not None and each.requires_grad]
     assert len(trained) >= 5
