@@ -12,7 +12,6 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,35 +21,15 @@ import torch
 from rlhf import workers
 from rlhf.deepspeed_config import deepspeed_settings
 from rlhf.derived import unchanged_weights
+from rlhf.pass_sizes import KEPT_TOKENS, SMALL_MODEL, TOKENS_PER_PASS, pass_sizes, processor_has_bf16
 from rlhf.processes import ALONE, Processes, processes
 from rlhf.settings import WEIGHTS, zero_stage
 from rlhf.zero import Root, ShardedAdamW
 
-# Tokens of one pass through a model: enough to keep the device busy, few enough to sort rows by length and to
-# hold a pass's activations. On a processor small models need more of them, and so do full weights, whose
-# gradients are as large for a short pass as for a long one.
-TOKENS_PER_PASS = 640
-TOKENS_PER_PASS_FULL_WEIGHTS = 1280
-TOKENS_PER_PASS_SMALL_MODEL = 4096
-TOKENS_PER_PASS_GPU = 16384
-
 # So many times as long are a processor's passes that hold nothing for a backward one.
 FORWARD_ONLY = 4
 
-# Tokens of passes whose activations a processor holds so as not to compute them twice. Twice as many for full
-# weights, whose passes are longer and hold much memory anyway.
-KEPT_TOKENS = 1536
-KEPT_TOKENS_FULL_WEIGHTS = 3072
-KEPT_TOKENS_SMALL_MODEL = 16384
-
-# Passes that a processor computes side by side where nothing else is said: with full weights each of them
-# holds gradients of its own.
-MOST_WORKERS = 2
-
 MALLOPT_ARENA_MAX = -8  # M_ARENA_MAX in glibc's malloc.h
-
-# Parameters below which a model is small: bfloat16 on a processor gains it nothing and only loses digits.
-SMALL_MODEL = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -189,28 +168,16 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
         dtype = torch.bfloat16 if use_bf16 else torch.float32
     else:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
-    on_processor = device.type == "cpu"
-    tokens_per_pass, kept_tokens = TOKENS_PER_PASS_GPU, 0
-    if on_processor:
-        tokens_per_pass = TOKENS_PER_PASS_FULL_WEIGHTS if full_weights else TOKENS_PER_PASS
-        kept_tokens = KEPT_TOKENS_FULL_WEIGHTS if full_weights else KEPT_TOKENS
-        if num_parameters < SMALL_MODEL:
-            tokens_per_pass, kept_tokens = TOKENS_PER_PASS_SMALL_MODEL, KEPT_TOKENS_SMALL_MODEL
-    deepspeed, wanted = (
-        deepspeed_settings(settings),
-        settings.workers or (MOST_WORKERS if on_processor else 1),
-    )
-    if zero_stage(deepspeed) == WEIGHTS:
-        kept_tokens = 0  # a kept graph would hold the gathered weights
+    sizes = pass_sizes(settings, num_parameters, on_processor=device.type == "cpu", full_weights=full_weights)
     return Engine(
         device,
         dtype,
         settings.micro_batch_size,
-        settings.tokens_per_pass or tokens_per_pass,
-        kept_tokens if settings.kept_tokens is None else settings.kept_tokens,
-        1 if deepspeed else min(wanted, torch.get_num_threads()),
+        sizes.tokens_per_pass,
+        sizes.kept_tokens,
+        min(sizes.workers, torch.get_num_threads()),
         processes(),
-        deepspeed,
+        deepspeed_settings(settings),
     )
 
 
@@ -227,8 +194,7 @@ def has_native_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return processor_has_bf16()
 
 
 def peak_memory(device: str) -> int:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import cache_dir
+from rlhf.pass_sizes import SMALL_MODEL, pass_sizes, processor_has_bf16
 from rlhf.settings import WEIGHTS, PPOConfig, StageConfig, zero_stage
 
+LEAN = ("llama", "mistral", "qwen2", "qwen3")  # whose layers hold what rlhf.models.llama does
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 FROZEN_BYTES = {"nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with its scales
 # Frozen models in memory. With adapters ppo has one; a reward model that is no adapter on it is a second.
@@ -45,6 +47,7 @@ class Shape:
     positions: int  # learned position embeddings, 0 where there are none
     gated: bool
     tied: bool
+    lean: bool
 
     @property
     def linear(self) -> int:
@@ -60,6 +63,13 @@ class Shape:
     def parameters(self) -> int:
         """All weights, biases and norms (below 1%) left out."""
         return self.linear + self.embedding
+
+    @property
+    def activations(self) -> float:
+        """Numbers that a token's forward pass holds for its backward one."""
+        if self.lean:
+            return self.layers * 2 * (self.hidden + self.attention + self.key_value + self.inner)
+        return self.layers * (12 * self.hidden + 4 * self.inner)
 
     def lora_parameters(self, rank: int) -> int:
         """Weights of rank-`rank` adapters on every linear layer: r (in + out) each."""
@@ -104,6 +114,7 @@ def read_shape(config: dict[str, Any]) -> Shape | None:
         positions=first("n_positions", "max_position_embeddings") if family in ("gpt2", "opt") else 0,
         gated=family in GATED,
         tied=bool(config.get("tie_word_embeddings", family != "gpt_neox")),
+        lean=family in LEAN,
     )
 
 
@@ -164,7 +175,7 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
     """Return bytes by purpose."""
     trains = stage in ("sft", "rm", "ppo")
     adapted = trains and bool(config.adapter.r)
-    number_bytes = 2 if config.engine.dtype == "bfloat16" else 4
+    number_bytes, on_processor = _number_bytes(config.engine, shape), not _has_gpu(config.engine)
     quantized = FROZEN_BYTES.get(config.adapter.quantization) if adapted else None
     frozen: float = shape.parameters * number_bytes
     if quantized is not None:
@@ -184,18 +195,38 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
         copied = shape.linear * number_bytes + shape.embedding * (number_bytes if adapted else 4)
         parts["whole copy to sample from"] = copied
     rows = config.batch_size * (LIST_LENGTH if stage == "rm" else 1)
-    tokens = rows * (config.data.max_prompt_tokens + config.data.max_response_tokens)
+    length = config.data.max_prompt_tokens + config.data.max_response_tokens
+    if isinstance(config, PPOConfig):
+        sizes = pass_sizes(
+            config.engine, shape.parameters, on_processor=on_processor, full_weights=not adapted
+        )
+        own = rows // config.minibatches * length / count
+        a_pass = max(length, min(sizes.tokens_per_pass, (config.engine.micro_batch_size or rows) * length))
+        tokens = min(own, sizes.workers * a_pass + min(own, sizes.kept_tokens))
+        if not adapted and not stage_of_zero:  # each worker adds up those of its passes
+            parts["gradients of passes"] = 2 * 4.0 * shape.parameters * sizes.workers
+    else:
+        tokens = min(config.engine.micro_batch_size or rows, rows) / count * length
     if trains:
-        micro_rows = min(config.engine.micro_batch_size or rows, rows)
-        micro_tokens = tokens * micro_rows / rows
-        kept = 1 if config.gradient_checkpointing else 12 + 4 * shape.inner / shape.hidden
-        parts["activations"] = micro_tokens * shape.layers * shape.hidden * kept * number_bytes
+        parts["rounded weights"] = shape.parameters * number_bytes * (not adapted and number_bytes < 4)
+        kept = shape.layers * shape.hidden if config.gradient_checkpointing else shape.activations
+        parts["activations"] = tokens * kept * number_bytes
         if stage != "rm":
-            scored = micro_rows * config.data.max_response_tokens if stage == "ppo" else micro_tokens
-            parts["logits"] = scored * shape.vocab * (number_bytes + 8)
+            share = config.data.max_response_tokens / length if stage == "ppo" else 1
+            parts["logits"] = tokens * share * shape.vocab * 2 * number_bytes
     if isinstance(config, PPOConfig) or not trains:
-        parts["sampling cache"] = tokens / count * shape.layers * 2 * shape.key_value * number_bytes
+        parts["sampling cache"] = rows / count * length * shape.layers * 2 * shape.key_value * number_bytes
     return {name: value for name, value in parts.items() if value}
+
+
+def _has_gpu(engine: Any) -> bool:
+    """Whether `engine.device` leads to a GPU, as far as that can be known without torch."""
+    return engine.device.startswith("cuda") or (engine.device == "auto" and Path("/dev/nvidiactl").exists())
+
+
+def _number_bytes(engine: Any, shape: Shape) -> int:
+    rounds = shape.parameters >= SMALL_MODEL and (_has_gpu(engine) or processor_has_bf16())
+    return 2 if engine.dtype == "bfloat16" or (engine.dtype == "auto" and rounds) else 4
 
 
 def _trained_bytes(stage: int, count: int) -> float:

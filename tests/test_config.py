@@ -359,16 +359,33 @@ def test_lora_parameters_by_hand() -> None:
     assert shape.lora_parameters(3) == 2 * 3 * 64
 
 
+def memory_parts(*words: str) -> dict[str, float]:
+    config = load_config("ppo", ["engine.device=cpu", *words])
+    shape = estimate.read_shape(estimate.SMOLLM2)
+    assert shape is not None
+    return estimate._memory("ppo", config, shape)
+
+
+def test_activations_are_those_of_the_passes_held_at_a_time() -> None:
+    passes = ["engine.tokens_per_pass=100", "engine.workers=2", "engine.dtype=float32", "minibatches=1"]
+    lengths = ["data.max_prompt_tokens=30", "data.max_response_tokens=20", "batch_size=64"]
+    none_kept = memory_parts(*passes, *lengths, "engine.kept_tokens=0")["activations"]
+    # a token and layer of SmolLM2: twice the widths of states, queries, keys and the gate
+    assert none_kept == 2 * 100 * 30 * 2 * (576 + 576 + 192 + 1536) * 4
+    assert memory_parts(*passes, *lengths, "engine.kept_tokens=200")["activations"] == 2 * none_kept
+    every = memory_parts(*passes, *lengths, "engine.kept_tokens=9999999")["activations"]
+    assert every == none_kept / 200 * 64 * 50
+
+
 def test_the_estimate_shrinks_with_adapters_and_bits_and_admits_what_it_cannot_know() -> None:
     def memory(*words: str) -> float:
-        config = load_config("ppo", list(words))
-        shape = estimate.read_shape(estimate.SMOLLM2)
-        assert shape is not None
-        return sum(estimate._memory("ppo", config, shape).values())
+        return sum(memory_parts(*words).values())
 
     assert memory("adapter=qlora") < memory("adapter=int8") < memory("adapter=lora") < memory("adapter=none")
     several = ["adapter=none", "num_processes=4"]
-    engines = [memory(*several, f"engine={name}") for name in ("zero2", "zero1", "ddp")]
+    engines = [
+        memory_parts(*several, f"engine={name}")["trained weights"] for name in ("zero2", "zero1", "ddp")
+    ]
     # per weight, of which policy and critic train 134.5 million each: 4 + 16/4, 8 + 12/4 and 16 bytes
     trained = 2 * 134_479_872
     assert [size - engines[0] for size in engines] == [0, trained * 3, trained * 8]

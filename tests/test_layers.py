@@ -36,6 +36,7 @@ LAYERS = {
     "parents": 2,
     "processes": 1,
     "derived": 1,
+    "pass_sizes": 1,
     "zero": 2,
     "deepspeed_config": 1,
     "metrics": 2,

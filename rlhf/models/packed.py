@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rlhf.engine import SMALL_MODEL, Engine
+from rlhf.engine import Engine
 from rlhf.models import llama
 from rlhf.models.loading import trunk
+from rlhf.pass_sizes import SMALL_MODEL
 
 
 @contextlib.contextmanager
