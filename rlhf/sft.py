@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.checkpoint import StageFolder
@@ -74,8 +76,8 @@ def fit(encoded: Encoded, max_length: int, *, num_kept: int = 0) -> tuple[Encode
 
 
 class ResponseTrainer(SharedSteps, SFTTrainer):
-    """trl's trainer with the vocabulary's scores at response positions only, rows of like length computed
-    together; packed rows go trl's own way.
+    """trl's trainer with the vocabulary's scores at response positions only, and conversations of like length
+    computed together, those of packed rows too.
     """
 
     def __init__(self, *, engine: Engine, **arguments: Any) -> None:
@@ -90,19 +92,34 @@ class ResponseTrainer(SharedSteps, SFTTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Mean negative log-likelihood of the labelled tokens, over those of the whole optimizer step."""
-        processes = self.engine.processes
-        if "position_ids" in inputs:  # a packed batch, which every process computes whole
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return loss if processes.count == 1 else self.of_all(loss / processes.count)
         assert not return_outputs, "only the loss is asked for"
+        inputs = _unpacked(inputs)
         labels, tokens, mask = inputs["labels"][:, 1:], inputs["input_ids"], inputs["attention_mask"].bool()
         total = torch.zeros((), device=tokens.device, requires_grad=torch.is_grad_enabled())
-        for index, weight in processes.rounds(self.engine.micro_batches(mask.sum(1).tolist())):
+        rounds = self.engine.processes.rounds(self.engine.micro_batches(mask.sum(1).tolist()))
+        for index, weight in rounds:
             rows, columns = (labels[index] != IGNORED_LABEL).nonzero(as_tuple=True)
             with self.engine.autocast():
                 logits = logits_at(model, tokens[index], mask[index], rows, columns)
             total = total - weight * token_logprobs(logits, labels[index][rows, columns]).sum()
         return self.of_all(total / (num_items_in_batch or (labels != IGNORED_LABEL).sum()))
+
+
+def _unpacked(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The conversations of a packed batch, whose rows (1, L) are one after the other, each in a row of its
+    own (B, L) with padding on the right.
+    """
+    if "position_ids" not in inputs:
+        return inputs
+    starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    tokens, labels = (
+        pad_sequence(
+            list(inputs[name][0].tensor_split(starts[1:])), batch_first=True, padding_value=IGNORED_LABEL
+        )
+        for name in ("input_ids", "labels")
+    )
+    mask = tokens != IGNORED_LABEL
+    return {"input_ids": tokens.where(mask, 0), "labels": labels, "attention_mask": mask}
 
 
 class SFT:

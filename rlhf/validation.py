@@ -199,11 +199,6 @@ def _check_shared_weights(config: StageConfig) -> None:
             f"adapter={config.adapter.name}: engine={engine} cannot share out quantized weights; use "
             f"adapter=lora, or engine={engine.replace('3', '2')}"
         )
-    if isinstance(config, SFTConfig) and config.packing:
-        raise ValueError(
-            f"packing=true cannot be had with engine={engine}: set packing=false, or "
-            f"engine={engine.replace('3', '2')}"
-        )
 
 
 def _check_ppo(config: PPOConfig) -> None:
