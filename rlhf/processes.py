@@ -13,6 +13,7 @@ import datetime
 import functools
 import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -138,7 +139,10 @@ def processes() -> Processes:
 
     rank, (host, _, port) = int(os.environ[RANK]), os.environ[ADDRESS].rpartition(":")
     try:
-        store = dist.TCPStore(host, int(port), count, is_master=rank == 0, timeout=PATIENCE_AT_START)
+        store = dist.TCPStore(
+            host, int(port), is_master=rank == 0, timeout=PATIENCE_AT_START, wait_for_workers=False
+        )
+        _meet(store, count)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=store,
@@ -152,6 +156,28 @@ def processes() -> Processes:
             "the stage on every machine, and check main_address=, main_port= and the firewall between them"
         ) from error
     return Processes(rank, count)
+
+
+def _meet(store: Any, count: int) -> None:
+    """Wait until all processes are there; raise ValueError where they were not told of as many, RuntimeError
+    where they do not come.
+    """
+    agreed = int(store.compare_set("count", "", str(count)))
+    if agreed != count:
+        store.set("others", str(count))
+    store.add("arrived", 1)
+    deadline = time.monotonic() + PATIENCE_AT_START.total_seconds()
+    while store.add("arrived", 0) < count or store.check(["others"]):
+        if store.check(["others"]):
+            others = int(store.get("others")) if agreed == count else agreed
+            time.sleep(1)  # until all have read it: the first process holds the store
+            raise ValueError(
+                f"this machine was told of {count} processes, another of {others}: give every machine the "
+                "same num_processes= and num_machines="
+            )
+        if time.monotonic() > deadline:
+            raise RuntimeError("not all came")
+        time.sleep(0.05)
 
 
 def leave() -> None:

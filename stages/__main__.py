@@ -31,7 +31,11 @@ def main(words: list[str]) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = None
         return 0
-    except OthersEndedError as error:
+    except (OthersEndedError, RuntimeError) as error:
+        # within DeepSpeed's own exchanges a lost connection is a plain RuntimeError
+        lost = RANK in os.environ and "by peer" in str(error)
+        if not (lost or isinstance(error, OthersEndedError)):
+            raise
         time.sleep(SECONDS_TO_SPEAK)  # whoever knows why says so meanwhile, and this process is ended
         say(f"error: the other processes of this run were lost ({error})")
         return 2

@@ -16,7 +16,7 @@ import pytest
 
 from rlhf.checkpoint import StageFolder
 from rlhf.config import PROJECT_DIR, load_config
-from rlhf.processes import ALONE, Processes, by_main
+from rlhf.processes import ADDRESS, ALONE, COUNT, RANK, Processes, by_main
 from stages.launch import Place, place_of
 from tests.stage_runs import SMALL, Result, read_lines, run_stage, same_results
 
@@ -339,3 +339,25 @@ def test_shares_are_put_together_in_order() -> None:
 
 def test_alone_the_first_process_does_it_itself() -> None:
     assert by_main(lambda x: x + 1)(2) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [(2, 4), (4, 2)])
+def test_machines_that_were_told_of_other_numbers_of_processes_find_it_at_once(
+    counts: tuple[int, int],
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = []
+    for rank, count in enumerate(counts):
+        told = {RANK: str(rank), COUNT: str(count), ADDRESS: address}
+        command = [sys.executable, "-c", "from rlhf.processes import processes; processes()"]
+        started.append(
+            subprocess.Popen(
+                command, cwd=PROJECT_DIR, env={**os.environ, **told}, stderr=subprocess.PIPE, text=True
+            )
+        )
+    for own, other, process in zip(counts, counts[::-1], started, strict=True):
+        said = process.communicate(timeout=60)[1]
+        assert f"told of {own} processes, another of {other}: give every machine the same num_pro" in said
