@@ -110,6 +110,8 @@ def run(stage: str, overrides: list[str]) -> int:
         folder.check_free(overwrite=config.overwrite, resume=config.resume)
         check_there(config, folder.path)
         if place_of(config).count > 1:
+            if config.data.build:  # here, alone: the processes to come would wait for one another
+                importlib.import_module(f"data.{config.data.build}").build(Path(config.data.folder))
             return launch(stage, overrides, config)
     if os.environ.get(RANK, "0") != "0":
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
