@@ -185,8 +185,6 @@ export TOKENIZERS_PARALLELISM=false
 # glibc keeps the memory that it was given: asking for it anew in every pass costs a fifth of an update
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}" MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-67108864}"
-# threads that wait let others compute: where they spin, runs side by side slow each other down many times
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # nothing calls home
 export HF_HUB_DISABLE_TELEMETRY=1 DO_NOT_TRACK=1 DISABLE_TELEMETRY=1 ANONYMIZED_TELEMETRY=false
 

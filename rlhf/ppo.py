@@ -163,6 +163,7 @@ class Learner:
                 first = None
             if config.approx_kl_stop is not None and history[-1]["approx_kl"] > config.approx_kl_stop:
                 break
+        self.check_weights()
         metrics = {name: sum(each[name] for each in history) / len(history) for name in history[0]}
         return metrics | {
             "first_ratio": history[0]["ratio"],
@@ -208,6 +209,22 @@ class Learner:
         check_finite(totals, self.step)
         self.optimizer.step()
         return totals
+
+    def check_weights(self) -> None:
+        """Stop where the update has left weights that nothing can be computed with, naming the first, before
+        they take the place of a good checkpoint.
+        """
+        found = {
+            name: getattr(parameter, "ds_tensor", parameter).detach()  # its part, where it is shared out
+            for name, parameter in self.models.named_parameters()
+            if parameter.requires_grad
+        }
+        if not bool(nn.utils.get_total_norm(found.values()).isfinite()):
+            name = next((n for n, each in found.items() if not bool(each.norm().isfinite())), "a weight")
+            raise ValueError(
+                f"{name} is not finite, or too large, after update {self.step}: it is not saved. Lower "
+                "learning_rate or clip.grad_norm"
+            )
 
     def clipped_norms(self) -> list[float]:
         """The norms of the gradients of policy and critic, which are clipped by them."""

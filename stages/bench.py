@@ -22,7 +22,7 @@ from stages.common import resolved
 from stages.launch import Place, start
 
 TRL_PPO_WHEEL = ("trl", "1.12.0", "9c8f117b21a941edbc85744f5a341c9453d38e81f24ae81d3c6e9b9ca3b96409")
-OURS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "OMP_WAIT_POLICY")
+ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 SMALLEST_PASS = 256
 PHASES = ("sample", "score", "experience", "learn", "other")
 
@@ -157,8 +157,8 @@ def run_peer(config: Any, spec: dict[str, Any], dtype: str, adapter: str) -> Any
         }  # fmt: skip
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         script = str(Path(config.peer).expanduser().absolute())
-        # launch.sh sets these for our own processes; the peer runs as its user would run it
-        variables = {"PYTHONPATH": library, **dict.fromkeys(OURS, "")}
+        # launch.sh sets the allocator for our own processes; the peer runs as its user would run it
+        variables = {"PYTHONPATH": library, **dict.fromkeys(ALLOCATOR, "")}
         return run_part([sys.executable, script, spec["model"]["path"], *words], **variables)
 
 

@@ -395,6 +395,15 @@ def test_a_loss_that_is_not_finite_stops_before_a_weight_changes(
     assert not learner.optimizer.state_dict()["state"]
 
 
+@pytest.mark.parametrize("rate", [1e25, 1e38])  # too large to compute with, and infinite
+def test_weights_that_the_last_step_blew_up_are_named_and_stop_the_run(folder: Path, rate: float) -> None:
+    config = settings(folder, learning_rate=rate, epochs=1, warmup_updates=0, updates=1)
+    roles = roles_of(config)
+    learner = Learner(roles.actor_critic, roles.engine, config)
+    with pytest.raises(ValueError, match=r"^policy\..* is not finite, or too large, after update 1: "):
+        learner.update(experience_of(roles, config), step=1)
+
+
 def test_an_infinite_gradient_stops_and_is_named(folder: Path) -> None:
     config = settings(folder)
     roles = roles_of(config)

@@ -361,3 +361,21 @@ def test_machines_that_were_told_of_other_numbers_of_processes_find_it_at_once(
     for own, other, process in zip(counts, counts[::-1], started, strict=True):
         said = process.communicate(timeout=60)[1]
         assert f"told of {own} processes, another of {other}: give every machine the same num_pro" in said
+
+
+@pytest.mark.slow
+def test_a_data_set_that_is_not_there_yet_is_made_for_all_processes(tmp_path: Path) -> None:
+    words = [
+        *SMALL["sft"],
+        "examples=16",
+        "eval_examples=4",
+        f"runs={tmp_path}",
+        "engine=ddp",
+        "num_processes=2",
+    ]
+    command = [sys.executable, "-m", "stages", "stage=sft", *words]
+    environment = {**os.environ, "RLHF_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        command, cwd=PROJECT_DIR, env=environment, timeout=100, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -152,6 +152,11 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     if decoding.repetition_penalty != 1.0:
         logits = penalise_repetition(logits, responses, decoding.repetition_penalty)
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise ValueError(
+            "the model's logits are not finite: its weights have blown up, or engine.dtype is too coarse for "
+            "them; go on from an earlier checkpoint with a lower learning_rate"
+        )
     if decoding.greedy:
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])
     if decoding.temperature != 1.0:

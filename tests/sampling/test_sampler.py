@@ -230,6 +230,15 @@ def test_the_ends_of_the_uniform_numbers_choose_possible_tokens() -> None:
         assert logprobs.item() == pytest.approx(-0.693147, abs=1e-6)  # log(1/2)
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_choose_no_token(greedy: bool, number: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = number
+    with pytest.raises(ValueError, match=r"^the model's logits are not finite"):
+        choose_tokens(logits, torch.zeros(2), Decoding(1, greedy=greedy), [[], []])
+
+
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() -> None:
     case = PENALTY
     found = penalise_repetition(torch.tensor([case["logits"]]), [case["seen_ids"]], case["penalty"])
