@@ -20,7 +20,7 @@ from rlhf.batches import Experience, Rollout
 from rlhf.engine import Engine
 from rlhf.experience import Passes
 from rlhf.models.roles import ActorCritic
-from rlhf.models.sharded import root_of
+from rlhf.models.sharded import own_part, root_of
 from rlhf.numerics.advantages import gae
 from rlhf.numerics.losses import policy_loss, value_loss
 from rlhf.numerics.masked import masked_mean
@@ -215,7 +215,7 @@ class Learner:
         they take the place of a good checkpoint.
         """
         found = {
-            name: getattr(parameter, "ds_tensor", parameter).detach()  # its part, where it is shared out
+            name: own_part(parameter)
             for name, parameter in self.models.named_parameters()
             if parameter.requires_grad
         }

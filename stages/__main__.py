@@ -91,7 +91,7 @@ def run(stage: str, overrides: list[str]) -> int:
     from rlhf.parents import check_there
     from rlhf.processes import RANK, leave
     from stages import all as all_stages
-    from stages.common import build_data
+    from stages.common import make_inputs
     from stages.launch import launch, place_of
     from stages.show import show
 
@@ -111,7 +111,7 @@ def run(stage: str, overrides: list[str]) -> int:
         folder.check_free(overwrite=config.overwrite, resume=config.resume)
         check_there(config, folder.path)
         if place_of(config).count > 1:
-            build_data(config)
+            make_inputs(config)
             return launch(stage, overrides, config)
     if os.environ.get(RANK, "0") != "0":
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)

@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     from rlhf.text import TextCodec
 
 
-def build_data(config: Any) -> None:
-    """Write the files of a data set that this project makes, where they are not there yet.
+def make_inputs(config: Any) -> None:
+    """Write the data set and the embedded models that a stage reads, and fetch a model's revision, where they
+    are not there yet.
 
     Several processes would wait for one another in it: their launcher calls it before they start.
     """
     if config.data.build:
         importlib.import_module(f"data.{config.data.build}").build(Path(config.data.folder))
+    for _, path, kind in inputs_of(config):
+        if kind == "policy":
+            resolved(path, config.model)
 
 
 class Stage:
@@ -45,7 +49,7 @@ class Stage:
         command = shlex.join(["./launch.sh", f"stage={stage}", *without_run_mode(overrides)])
         processes().check_same((settings_that_count(self._resolved), library_versions()), "configuration")
         self.facts: dict[str, Any] = {"command": os.environ.get(COMMAND_VARIABLE, command)}
-        build_data(config)
+        make_inputs(config)
 
     def find_parents(self) -> list[Parent]:
         """The inputs that other stages wrote, each found good; the model that the stage goes on from comes

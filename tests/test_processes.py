@@ -17,6 +17,7 @@ import pytest
 from rlhf.checkpoint import StageFolder
 from rlhf.config import PROJECT_DIR, load_config
 from rlhf.processes import ADDRESS, ALONE, COUNT, RANK, Processes, by_main
+from stages.common import make_inputs
 from stages.launch import Place, place_of
 from tests.stage_runs import SMALL, Result, read_lines, run_stage, same_results
 
@@ -379,3 +380,12 @@ def test_a_data_set_that_is_not_there_yet_is_made_for_all_processes(tmp_path: Pa
         command, cwd=PROJECT_DIR, env=environment, timeout=100, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_several_processes_read_is_there_before_they_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+    make_inputs(load_config("sft", ["model=tiny", "data=toy", f"runs={tmp_path}"]))
+    assert (tmp_path / "models" / "tiny-gpt2-bytes" / "config.json").is_file()
+    assert (tmp_path / "toy" / "facts.json").is_file()

@@ -1,8 +1,10 @@
 """DeepSpeed's ZeRO: the numbers of one process, though each holds a part alone of what is shared out."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config
 from rlhf.deepspeed_config import deepspeed_settings
+from rlhf.models.sharded import own_part
+from rlhf.processes import Processes
 from tests.stage_runs import first_of_two_says, read_lines, run_stage, run_until, same_results
 from tests.test_processes import close, copy_of, has_the_numbers_of, words_of
 
@@ -238,3 +242,13 @@ def test_quantized_weights_are_not_shared_out_and_refused_before_anything_is_loa
     remedy = "use adapter=lora, or engine=zero2_offload"
     with pytest.raises(ValueError, match=rf"adapter=qlora.*engine=zero3_offload.*{remedy}"):
         load_config("ppo", ["engine=zero3_offload", "adapter=qlora"])
+
+
+@pytest.mark.parametrize(("rank", "own"), [(0, [1.0, 2.0]), (1, [3.0]), (2, [])])
+def test_what_fills_up_a_part_of_a_shared_weight_is_none_of_its_numbers(
+    monkeypatch: pytest.MonkeyPatch, rank: int, own: list[float]
+) -> None:
+    parts = [[1.0, 2.0], [3.0, math.nan], [math.nan, math.inf]]
+    parameter = SimpleNamespace(ds_tensor=torch.tensor(parts[rank]), ds_numel=3)
+    monkeypatch.setattr("rlhf.models.sharded.processes", lambda: Processes(rank, 3))
+    assert own_part(parameter).tolist() == own

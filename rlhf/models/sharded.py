@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.engine import Engine
 from rlhf.models.loading import trunk
 from rlhf.models.lora import merged_weight
-from rlhf.processes import buckets
+from rlhf.processes import buckets, processes
 from rlhf.zero import Root, initialize, load_deepspeed, local_rank, share_out
 
 T = TypeVar("T")
@@ -66,6 +66,16 @@ def whole_weights(module: nn.Module, *, change: bool = False) -> Iterator[None]:
     shared_out = [each for each in module.parameters() if each.requires_grad and hasattr(each, "ds_id")]
     with _gathered(shared_out, modifier_rank=0 if change else None):
         yield
+
+
+def own_part(parameter: Any) -> Tensor:
+    """This process's numbers of a weight that is shared out, without those that fill its part up, which are
+    anything; the weight where it is whole.
+    """
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach()
+    return part[: max(0, parameter.ds_numel - processes().rank * part.numel())]
 
 
 @contextlib.contextmanager
