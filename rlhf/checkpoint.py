@@ -198,7 +198,13 @@ def changed_settings(path: Path, resolved_config: str) -> dict[str, str]:
 
     What lies in the run's own folder is the same wherever that folder has been moved to.
     """
-    before, now = (settings_that_count(text) for text in (path.read_text(encoding="utf-8"), resolved_config))
+    try:
+        before = settings_that_count(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} does not hold the settings that the run began with: overwrite=true starts it again"
+        ) from error
+    now = settings_that_count(resolved_config)
     return {
         key: f"{key} ({before.get(key)} -> {now.get(key)})"
         for key in sorted(before.keys() | now.keys())

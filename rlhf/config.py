@@ -207,6 +207,8 @@ def _set(config: DictConfig, stage: str, key: str, value: Any) -> None:
         return
     _open_path(config, key)
     try:
+        if _bare(kind) is bool and isinstance(value, int | str) and not isinstance(value, bool):
+            raise ValidationError  # OmegaConf takes 2 for true, and "on"
         OmegaConf.update(config, key, value, merge=False, force_add=_is_free(kind))
     except ValidationError as error:
         expected = EXPECTED.get(_bare(kind), "a mapping")

@@ -43,7 +43,10 @@ def cut_lines_after(path: Path, step: int) -> None:
     if path.exists():
         whole, _, _ = path.read_bytes().rpartition(b"\n")  # a whole line ends with a line feed
         lines = whole.decode().split("\n") if whole else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        try:
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): mend the line, or delete the file") from error
         write_text(path, "".join(line + "\n" for line in kept))
 
 

@@ -333,5 +333,5 @@ def check_finite(numbers: dict[str, float], step: int) -> None:
         if not math.isfinite(number):
             raise ValueError(
                 f"{name} is {number} at update {step}: the run stops before this changes a weight. Lower "
-                "learning_rate, raise kl.coef, or use engine.dtype=float32; the last checkpoint is good"
+                "learning_rate, raise kl.coef, or use engine.dtype=float32; what was saved before is good"
             )

@@ -13,6 +13,7 @@ import numbers
 import os
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,8 @@ from rlhf.processes import by_main
 from rlhf.records import LabelledText, Prompt
 from rlhf.rows import shorten
 from rlhf.sources import nearest_existing, nearest_name
+
+LARGEST_SCORE = 1e15  # its square, summed over a rollout, is far from overflowing in float32
 
 
 class Scorer(Protocol):
@@ -172,10 +175,10 @@ def check_scores(name: str, result: Any, responses: Sequence[str]) -> list[float
             f"them {shorten(responses[0])}; one number per response is expected"
         )
     for score, response in zip(scores, responses, strict=True):
-        if not isinstance(score, numbers.Real) or not math.isfinite(score):
+        if not isinstance(score, numbers.Real) or not abs(typing.cast(float, score)) <= LARGEST_SCORE:
             raise ValueError(
                 f"function={name} returned {shorten(score)} for the response {shorten(response)};"
-                " a finite number is expected"
+                f" a finite number is expected, of no more than {LARGEST_SCORE:g} either way"
             )
     return [float(score) for score in scores]
 

@@ -96,15 +96,18 @@ def read_values(folder: Path) -> dict[str, Any]:
 def _read_json(folder: Path) -> dict[str, Any]:
     path = folder / "state.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.keys() != {"values", "random"}:
+            raise ValueError("it does not hold what a state holds")
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
+    return found
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
 
 

@@ -280,9 +280,9 @@ def _check_number(key: str, value: float) -> None:
         (math.isfinite(value), "a finite number"),
         (last not in AT_LEAST_ONE or value >= 1, "a number that is at least 1"),
         (last not in ABOVE_ZERO or value > 0, "a number that is above 0"),
+        (not {key, last} & FRACTIONS or 0 <= value <= 1, "a number from 0 to 1"),
         (value >= 0 or key in ANY_SIGN, "a number that is not negative"),
         (value < BELOW.get(last, math.inf), f"a number below {BELOW.get(last)}"),
-        ((key not in FRACTIONS and last not in FRACTIONS) or value <= 1, "a number from 0 to 1"),
         (key != "seed" or value < 2**32, f"at most {2**32 - 1}"),
         (key != "calibration_prompts" or value >= 2, "at least 2"),
     )

@@ -149,9 +149,18 @@ def quiet_libraries() -> None:
 
 
 def resume_command(words: list[str]) -> str:
-    """Return the command that goes on with what `words` started."""
+    """Return the command that goes on with what `words` started: the same one, where a finished stage has not
+    been taken out of its way yet.
+    """
+    from rlhf.checkpoint import StageFolder
+    from rlhf.config import load_config
     from stages.common import without_run_mode
 
+    stage, overrides = read_words(words)
+    if stage != "all":
+        config = load_config(stage, overrides)
+        if (StageFolder(config.runs, config.name, stage).path / "stage.json").exists():
+            return shlex.join(["./launch.sh", *words])
     return shlex.join(["./launch.sh", *without_run_mode(words), "resume=true"])
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import library_versions
-from rlhf.config import PROJECT_DIR, load_config
+from rlhf.config import PROJECT_DIR, group_choices, load_config
 from rlhf.files import write_text
 from rlhf.metrics import progress
-from rlhf.sources import fetch_wheel
-from stages.common import resolved
+from rlhf.sources import fetch_wheel, nearest_existing, resolve_model
+from rlhf.validation import hint
 from stages.launch import Place, start
 
 TRL_PPO_WHEEL = ("trl", "1.12.0", "9c8f117b21a941edbc85744f5a341c9453d38e81f24ae81d3c6e9b9ca3b96409")
@@ -30,9 +30,17 @@ PHASES = ("sample", "score", "experience", "learn", "other")
 def main(overrides: list[str]) -> None:
     """Run every part in a process of its own, one after the other, and print and write the tables."""
     config = load_config("bench", overrides)
+    for adapter in config.adapters:
+        if adapter not in group_choices("adapter"):
+            known = group_choices("adapter")
+            raise ValueError(f"adapters: {hint(adapter, known)}{adapter} is none of {', '.join(known)}")
+    if config.peer and not Path(config.peer).expanduser().is_file():
+        raise ValueError(
+            f"peer={config.peer}: no such file{nearest_existing(Path(config.peer).expanduser())}"
+        )
     folder = Path(config.runs) / config.name / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    config.model.path = resolved(config.model.path, config.model)
+    config.model.path = resolve_model(config.model.path, config.model.revision)
     spec = asdict(config)
     spec["lora"] = spec.pop("adapter")
     if config.find_tokens_per_pass:

@@ -125,6 +125,23 @@ def test_ratios_to_the_peer_stand_in_the_table() -> None:
     assert "3.00 times as many" in text and "| 50% |" in text
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("adapters=[none,lorra]", r"^adapters: did you mean lora\? lorra is none of int8, lora, none, qlora"),
+        ("peer=/nope.py", "^peer=/nope.py: no such file"),
+        ("model=/nope", "^model '/nope': does not exist"),
+    ],
+)
+def test_what_the_bench_cannot_time_is_named_before_it_starts(
+    tmp_path: Path, word: str, message: str
+) -> None:
+    from stages.bench import main
+
+    with pytest.raises(ValueError, match=message):
+        main(["model=tiny", f"runs={tmp_path}", "name=x", word])
+
+
 def test_unknown_keys_of_the_bench_are_named() -> None:
     with pytest.raises(ValueError, match="did you mean batch_size"):
         load_config("bench", ["batch_sise=3"])

@@ -119,6 +119,15 @@ def test_a_line_that_a_kill_cut_inside_a_character_is_dropped(tmp_path: Path) ->
     assert path.read_text() == ""
 
 
+@pytest.mark.parametrize("line", ["{", "[]", "{}"])
+def test_a_line_that_someone_broke_is_named_and_left(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged .*: mend the line, or delete the file"):
+        cut_lines_after(path, 2)
+    assert path.read_text().count("\n") == 3
+
+
 def test_a_missing_model_is_named_before_anything_is_imported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"policy=.*has not been run; run stage=sft first"):
         check_there(load_config("ppo", [f"runs={tmp_path}", "name=x"]), tmp_path / "x" / "ppo")
@@ -169,6 +178,23 @@ def test_an_interrupted_folder_says_how_to_go_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"interrupted at state/step_3 .*resume=true .*overwrite=true"):
         folder.prepare("seed: 1\n", overwrite=False, resume=False)
     assert folder.prepare("seed: 1\n", overwrite=False, resume=True) == folder.path / "state" / "step_3"
+
+
+@pytest.mark.parametrize("settings", [None, "seed: [", "- 1", "3"])
+def test_settings_that_cannot_be_read_are_named_with_the_way_out(
+    tmp_path: Path, settings: str | None
+) -> None:
+    folder = folder_of(tmp_path)
+    folder.prepare("seed: 1\n", overwrite=False, resume=False)
+    folder.new_state(3, lambda state: None, keep_last=1)
+    (folder.path / "config.yaml").unlink()
+    if settings is not None:
+        (folder.path / "config.yaml").write_text(settings)
+    with pytest.raises(
+        ValueError, match=r"config.yaml does not hold the settings .*overwrite=true starts it"
+    ):
+        folder.prepare("seed: 1\n", overwrite=False, resume=True)
+    assert folder.latest_state() is not None, "nothing is lost"
 
 
 def test_a_resumed_folder_has_its_own_settings(tmp_path: Path) -> None:

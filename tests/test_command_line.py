@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.config import PROJECT_DIR, STAGES, load_config, resolved_yaml
 from stages import all as all_stages
-from stages.__main__ import main
+from stages.__main__ import main, resume_command
 
 HELP = (PROJECT_DIR / "stages" / "help.txt").read_text(encoding="utf-8")
 TINY = ["model=tiny", "data=toy"]
@@ -310,6 +310,14 @@ def test_an_interrupt_reaches_the_stage_and_says_how_to_go_on(
     assert process.returncode == 130
     assert f"./launch.sh stage={stage} runs=r 'name=a b' seed=99 resume=true" in error
     assert "Traceback" not in error
+
+
+def test_an_interrupt_before_a_finished_stage_was_touched_asks_for_the_same_command(tmp_path: Path) -> None:
+    words = ["stage=sft", f"runs={tmp_path}", "name=n", "overwrite=true"]
+    assert resume_command(words) == f"./launch.sh stage=sft runs={tmp_path} name=n resume=true"
+    (tmp_path / "n" / "sft").mkdir(parents=True)
+    (tmp_path / "n" / "sft" / "stage.json").write_text("{}")
+    assert resume_command(words) == f"./launch.sh stage=sft runs={tmp_path} name=n overwrite=true"
 
 
 def test_scripts_are_plain_bash() -> None:

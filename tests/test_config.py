@@ -206,6 +206,8 @@ MISTAKES = [
     ("sft", ["seed=1.5"], "seed=1.5: a whole number is expected"),
     ("sft", ["epochs=many"], "epochs=many: a number is expected"),
     ("sft", ["packing=maybe"], "packing=maybe: true or false is expected"),
+    ("ppo", ["whiten_rewards=2"], "whiten_rewards=2: true or false is expected"),
+    ("ppo", ["gae.lam=-1"], "gae.lam=-1.0: a number from 0 to 1 is expected"),
     ("sft", ["name=null"], "name=null: a text is expected"),
     ("sft", ["name="], "name= is empty"),
     ("sft", ["name=../../x"], "name=../../x: a name below runs= is expected"),

@@ -102,6 +102,9 @@ def fails_on_two(prompts, responses):
     return [1 / (2 - len(responses))]
 
 value = 3
+
+def huge(prompts, responses):
+    return [10**400] * len(responses)
 """
 
 
@@ -132,6 +135,7 @@ def test_arrays_and_tensors_are_taken(folder, name):
     ("name", "message"),
     [
         ("short", "function=my_rewards.py:short returned 1 scores for 2 responses, the first of them 'x'"),
+        ("huge", "my_rewards.py:huge returned 10* ... for .*; a finite number is expected, of no more than"),
         ("nan", "my_rewards.py:nan returned nan for the response 'y{55} ...; a finite number"),
         ("text", "my_rewards.py:text returned '1' for the response 'x'; a finite number is expected"),
         ("nothing", "my_rewards.py:nothing returned None; a list with one number per response"),

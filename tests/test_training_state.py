@@ -135,15 +135,20 @@ def test_a_permutation_depends_on_its_seeds_alone() -> None:
     assert sorted(first) == list(range(20))
 
 
-@pytest.mark.parametrize("size", [0, 40])
+@pytest.mark.parametrize("harm", [0, 40, None, "{}", "[]"])
 @pytest.mark.parametrize(
     "name", ["weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"]
 )
-def test_a_damaged_file_is_named_with_the_way_out(tmp_path: Path, name: str, size: int) -> None:
+def test_a_damaged_file_is_named_with_the_way_out(tmp_path: Path, name: str, harm: int | str | None) -> None:
     model = new_model()
     optimizer = new_optimizer(model)
     advance(model, optimizer, 1)
     save_training_state(tmp_path, model, optimizer.state_dict(), {"step": 1})
-    os.truncate(tmp_path / name, size)
+    if harm is None:
+        (tmp_path / name).unlink()
+    elif isinstance(harm, int):
+        os.truncate(tmp_path / name, harm)
+    else:
+        (tmp_path / name).write_text(harm)
     with pytest.raises(ValueError, match=f"{name} is damaged .* delete {tmp_path}"):
         load_training_state(tmp_path, model, optimizer)
