@@ -126,13 +126,16 @@ def acting(model: Any, adapter: str | None) -> Iterator[None]:
     What is trained stays as it is: peft's own switches make only the adapter that acts trainable, and a
     backward pass after the next switch would leave the others without gradients.
     """
-    found = (module for module in model.modules() if isinstance(module, LoraLayer))
-    first = next(found, None)
+    layers = vars(model).get("lora_layers")
+    if not layers:  # a walk through all modules, which is not made again
+        layers = vars(model)["lora_layers"] = [
+            each for each in model.modules() if isinstance(each, LoraLayer)
+        ]
     wanted = [] if adapter is None else [adapter]
-    if first is None or first.active_adapters == wanted:
+    if not layers or layers[0].active_adapters == wanted:
         yield
         return
-    before, layers = first.active_adapters, [first, *found]
+    before = layers[0].active_adapters
     _activate(layers, wanted)
     try:
         yield

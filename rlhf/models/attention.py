@@ -7,7 +7,8 @@ rows, H heads, K key heads (each serves G = H / K query heads), Q queries, T key
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,45 +82,204 @@ class _Causal(torch.autograd.Function):
     def forward(  # noqa: PLR0913 (the tensors of the equation)
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, group: int
     ) -> Tensor:
-        size = BLOCK if q.shape[2] >= NARROW else BLOCK_NARROW
-        blocks = _blocks(q.shape[1] // group, k.shape[1], group, size)
-        result, weights = torch.empty_like(q), []
-        for rows, keys in blocks:
-            mask = _future((rows.stop - rows.start) // group, keys, group, q.dtype, q.device)
-            seen = torch.baddbmm(mask.expand(len(q), -1, -1), q[:, rows], k[:, :keys].mT, alpha=scale)
-            weights.append(seen.softmax(-1))
-            result[:, rows] = _product(weights[-1], v[:, :keys])
+        blocks = _causal_blocks(q.shape[1] // group, k.shape[1], group, q)
+        k, v = (each.mT.contiguous() for each in (k, v))
+        result, weights = _attend(q, k, v, scale, blocks)
         ctx.save_for_backward(q, k, v, *weights)
-        ctx.scale, ctx.blocks = scale, blocks
+        ctx.scale, ctx.blocks = scale, [block[:2] for block in blocks]
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, *weights = ctx.saved_tensors
-        grad_q = torch.empty_like(q)
-        exact = torch.promote_types(q.dtype, torch.float32)
-        sums: list[Tensor] = []  # of k and v
-        for (rows, keys), weight in reversed(list(zip(ctx.blocks, weights, strict=True))):
-            grad_weight = torch.bmm(grad[:, rows], v[:, :keys].mT)
-            grad_products = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
-            grad_q[:, rows] = _product(grad_products, k[:, :keys])
-            parts = [torch.bmm(q[:, rows].mT, grad_products), torch.bmm(grad[:, rows].mT, weight)]
-            for total, part in zip(sums, parts, strict=False):
-                total[..., :keys] += part
-            sums = sums or [part.to(exact) for part in parts]  # the last block comes first, and sees all keys
-        grad_k, grad_v = (total.mT for total in (sums[0].mul_(ctx.scale), sums[1]))
-        return grad_q.mul_(ctx.scale), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+        grad_q, grad_k, grad_v = _attend_back(grad, q, k, v, weights, ctx.scale, ctx.blocks)
+        return grad_q, grad_k.mT.to(grad_q.dtype), grad_v.mT.to(grad_q.dtype), None, None
 
 
-def _blocks(queries: int, keys: int, group: int, size: int) -> list[tuple[slice, int]]:
-    """Rows of each block of `size` queries, and the number of keys that its last query sees."""
+def turn(  # noqa: PLR0913 (the tensors of the equation)
+    x: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    width: int,
+    *,
+    back: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rotary positions: x (..., heads * D) times cosines, plus its heads with their halves swapped times
+    sines, (..., heads * D); `back` the other way, as gradients go.
+    """
+    halves = x.view(*x.shape[:-1], -1, 2, width // 2)
+    swapped = torch.cat([halves[..., 1:, :], halves[..., :1, :]], dim=-2).view(x.shape)
+    return torch.mul(x, cosines, out=out).addcmul_(swapped, sines, value=-1 if back else 1)
+
+
+class Wanted:
+    """Positions of tokens (B, L) whose states alone are asked for, beside one another as queries (B, Q)."""
+
+    def __init__(self, rows: Tensor, columns: Tensor, shape: torch.Size) -> None:
+        self.index = (rows, columns)
+        counts = torch.bincount(rows, minlength=shape[0])
+        places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        self.slots = (rows, places)
+        self.shape = (shape[0], int(counts.max()))
+        last_keys = self.spread(columns)
+        keys = torch.arange(shape[1], device=rows.device)
+        self.mask = (keys <= last_keys.unsqueeze(-1)).unsqueeze(1)  # (B, 1, Q, L)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What stands at the positions (N, ...) as queries (B, Q, ...), zeros where a row has fewer."""
+        return x.new_zeros(*self.shape, *x.shape[1:]).index_put(self.slots, x)
+
+
+class Heads(NamedTuple):
+    """Heads beside one another: H queries, K keys, K values, each of width D."""
+
+    num_queries: int
+    num_keys: int
+    width: int
+    scale: float
+
+
+Tables = tuple[Tensor, Tensor]  # cosines and sines
+
+
+def turned_attention(
+    x: Tensor, tables: Tables, heads: Heads, queries: tuple[Tensor, Tables, Wanted] | None = None
+) -> Tensor:
+    """Causal attention of x (B, L, (H + 2 K) D), queries, keys and values beside one another, of which the
+    first two are turned first by their tables: (B, L, H D).
+
+    `queries`: those (N, H D) of the wanted positions alone, with their tables; then x (B, L, 2 K D) has none,
+    and the result is (N, H D).
+    """
+    of_wanted, its_tables, wanted = queries or (None, (), None)
+    return _TurnedAttention.apply(x, of_wanted, [*tables, *its_tables], heads, wanted)
+
+
+class _TurnedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0913 (the tensors of the equation)
+        ctx: Any,
+        x: Tensor,
+        of_wanted: Tensor | None,
+        tables: list[Tensor],
+        heads: Heads,
+        wanted: Wanted | None,
+    ) -> Tensor:
+        rows, length, _ = x.shape
+        turning, v = split_values(x, heads)
+        q, k = split_values(turn(turning, tables[0], tables[1], heads.width), heads)
+        if of_wanted is not None and wanted is not None:
+            q = wanted.spread(turn(of_wanted, tables[2], tables[3], heads.width))
+        count, group = q.shape[1], heads.num_queries // heads.num_keys
+        q = _grouped(q, heads)
+        k, v = (
+            each.view(rows, length, -1, heads.width).permute(0, 2, 3, 1).reshape(-1, heads.width, length)
+            for each in (k, v)
+        )
+        if wanted is None:
+            blocks = _causal_blocks(count, length, group, q)
+        else:
+            sizes = (rows, heads.num_keys, group, count, length)
+            blocks = [(slice(None), length, _additive(wanted.mask, q, sizes))]
+        result, weights = _attend(q, k, v, heads.scale, blocks)
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.tables, ctx.heads, ctx.wanted, ctx.blocks = tables, heads, wanted, [block[:2] for block in blocks]
+        result = result.view(rows, heads.num_keys, count, -1).transpose(1, 2).reshape(rows, count, -1)
+        return result if wanted is None else result[wanted.slots]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        tables, heads, wanted, (q, k, v, *weights) = ctx.tables, ctx.heads, ctx.wanted, ctx.saved_tensors
+        rows, length, of_wanted = len(q) // heads.num_keys, k.shape[2], None
+        grad = _grouped(grad if wanted is None else wanted.spread(grad), heads)
+        of_q, *others = _attend_back(grad, q, k, v, weights, heads.scale, ctx.blocks)
+        of_q = of_q.view(rows, heads.num_keys, -1, heads.num_queries // heads.num_keys * heads.width)
+        of_q = of_q.transpose(1, 2)  # (B, Q, K, G D)
+        of_k, of_v = (
+            each.view(rows, heads.num_keys, heads.width, length).permute(0, 3, 1, 2) for each in others
+        )
+        size = (0 if wanted else heads.num_queries) + heads.num_keys
+        turned = q.new_empty(rows, length, size * heads.width)
+        of_x = q.new_empty(rows, length, (size + heads.num_keys) * heads.width)
+        (q_place, k_place), (turning, v_place) = split_values(turned, heads), split_values(of_x, heads)
+        k_place.view(of_k.shape).copy_(of_k)
+        v_place.view(of_v.shape).copy_(of_v)
+        if wanted is None:
+            q_place.view(of_q.shape).copy_(of_q)
+        else:
+            of_wanted = of_q[wanted.slots].flatten(1)
+            of_wanted = turn(of_wanted, tables[2], tables[3], heads.width, back=True)
+        turn(turned, tables[0], tables[1], heads.width, back=True, out=turning)
+        return of_x, of_wanted, None, None, None
+
+
+def split_values(x: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """What stands before the last K heads of x (..., heads * D), and these."""
+    size = heads.num_keys * heads.width
+    before, last = x.split([x.shape[-1] - size, size], dim=-1)
+    return before, last
+
+
+def _grouped(q: Tensor, heads: Heads) -> Tensor:
+    """Queries (B, Q, H D) as (B K, Q G, D): those of one key head stand together."""
+    q = q.view(*q.shape[:2], heads.num_keys, -1).transpose(1, 2)
+    return q.reshape(len(q) * heads.num_keys, -1, heads.width)
+
+
+Block = tuple[slice, int, Tensor]  # queries, how many keys they see, and what is added to their products
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Sequence[Block]
+) -> tuple[Tensor, list[Tensor]]:
+    """The attention (N, Q * G, D) of q to k and v (N, D, T), and each block's weights."""
+    result, weights = torch.empty_like(q), []
+    for rows, keys, added in blocks:
+        seen = torch.baddbmm(added, q[:, rows], k[..., :keys], alpha=scale)
+        weights.append(seen.softmax(-1))
+        result[:, rows] = _product(weights[-1], v[..., :keys])
+    return result, weights
+
+
+def _attend_back(  # noqa: PLR0913 (the tensors of the equation)
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    scale: float,
+    blocks: Sequence[tuple[slice, int]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q (N, Q * G, D), k and v (N, D, T), these in float32 at least. The last block sees all
+    keys.
+    """
+    grad_q, sums = torch.empty_like(q), list[Tensor]()  # of k and v
+    exact = torch.promote_types(q.dtype, torch.float32)
+    for (rows, keys), weight in reversed(list(zip(blocks, weights, strict=True))):
+        own_q, own = q[:, rows], grad[:, rows]
+        products = torch.bmm(own, v[..., :keys])
+        products = torch._softmax_backward_data(products, weight, -1, weight.dtype)
+        grad_q[:, rows] = _product(products, k[..., :keys])
+        parts = [torch.bmm(own_q.mT, products), torch.bmm(own.mT, weight)]
+        for total, part in zip(sums, parts, strict=False):
+            total[..., :keys].add_(part)
+        sums = sums or [part.to(exact) for part in parts]
+    return grad_q.mul_(scale), sums[0].mul_(scale), sums[1]
+
+
+def _causal_blocks(queries: int, keys: int, group: int, like: Tensor) -> list[Block]:
+    """Blocks of q (N, Q * G, D)."""
+    size = BLOCK if like.shape[2] >= NARROW else BLOCK_NARROW
     stops = [min(start + size, queries) for start in range(0, queries, size)]
-    starts = [0, *stops]
-    return [
-        (slice(start * group, stop * group), keys - queries + stop)
-        for start, stop in zip(starts, stops, strict=False)
-    ]
+    blocks = []
+    for start, stop in zip([0, *stops], stops, strict=False):
+        seen = keys - queries + stop
+        added = _future(stop - start, seen, group, like.dtype, like.device).expand(len(like), -1, -1)
+        blocks.append((slice(start * group, stop * group), seen, added))
+    return blocks
 
 
 @functools.lru_cache(maxsize=256)
@@ -130,10 +290,10 @@ def _future(queries: int, keys: int, group: int, dtype: torch.dtype, device: tor
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (N, M, T) b (N, T, D)."""
-    if b.shape[-1] >= NARROW:
-        return torch.bmm(a, b)
-    return torch.bmm(b.mT.contiguous(), a.mT).mT
+    """a (N, M, T) times b (N, D, T) transposed."""
+    if b.shape[1] >= NARROW:
+        return torch.bmm(a, b.mT)
+    return torch.bmm(b, a.mT).mT
 
 
 def _additive(mask: Tensor | None, like: Tensor, sizes: tuple[int, int, int, int, int]) -> Tensor:

@@ -17,10 +17,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaModel, MistralModel, Qwen2Model, Qwen3Model
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from rlhf.derived import derived
 from rlhf.models import attention
+from rlhf.models.attention import Heads, Tables, Wanted, split_values, turn, turned_attention
 from rlhf.models.lora import parts_of, type_of_products
-from rlhf.models.products import GATE, PLAIN, Parts, RmsNorm, join, joined, products
+from rlhf.models.products import GATE, Parts, RmsNorm, Whole, join, joined, layers_of, products, tensors_of
 
 # Makes the function x (..., I) -> (..., O) of a weight (O, I) and a bias (O,).
 Prepare = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
@@ -36,14 +39,12 @@ def hidden_states(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> 
 
     All are in the number type of products; weights of another are rounded to it.
     """
-    layers = _layers(model, tokens.shape[1])
+    layers, length = _layers_now(model, tokens.shape[1]), tokens.shape[1]
     if layers is None:
         return None
     x = model.embed_tokens(tokens).to(type_of_products(model.embed_tokens.weight))
-    cosines, sines = model.rotary_emb(x, torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0))
-    config = model.config
-    rotations = _Rotations.of(cosines[0], sines[0], config.num_attention_heads, config.num_key_value_heads)
-    wanted = _Wanted(rows, columns, tokens.shape) if model.config._attn_implementation in MASKED else None
+    rotations = derived(lambda: _rotations(model, x), [model.rotary_emb.inv_freq], length, x.dtype)
+    wanted = Wanted(rows, columns, tokens.shape) if model.config._attn_implementation in MASKED else None
     for index, (layer, parts) in enumerate(zip(model.layers, layers, strict=True)):
         step = functools.partial(_next, layer=layer, parts=parts, rotations=rotations)
         if index == len(layers) - 1 and wanted is not None:
@@ -55,23 +56,9 @@ def hidden_states(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> 
     return _norm(model.norm, x[rows, columns] if wanted is None else x)
 
 
-class _Wanted:
-    """Positions of tokens (B, L) whose states alone are asked for, beside one another as queries (B, Q)."""
-
-    def __init__(self, rows: Tensor, columns: Tensor, shape: torch.Size) -> None:
-        self.index = (rows, columns)
-        counts = torch.bincount(rows, minlength=shape[0])
-        places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        self.slots = (rows, places)
-        self.shape = (shape[0], int(counts.max()))
-        last_keys = rows.new_zeros(self.shape).index_put(self.slots, columns)
-        keys = torch.arange(shape[1], device=rows.device)
-        self.mask = (keys <= last_keys.unsqueeze(-1)).unsqueeze(1)  # (B, 1, Q, L)
-
-
 class _Rotations(NamedTuple):
-    """What positions (L or N) multiply heads with, beside one another, to turn them: queries, keys, and
-    values, which do not turn. Su et al. 2021, https://arxiv.org/abs/2104.09864
+    """What positions (L or N) multiply queries and keys with, beside one another, to turn them. Su et al.
+    2021, https://arxiv.org/abs/2104.09864
     """
 
     cosines: Tensor  # (L, heads * D)
@@ -83,60 +70,127 @@ class _Rotations(NamedTuple):
     def of(cls, cosines: Tensor, sines: Tensor, num_queries: int, num_keys: int) -> _Rotations:
         """From cosines and sines (L, D), each of two equal halves."""
         half = cosines.shape[1] // 2
-        turned, still = num_queries + num_keys, cosines.new_zeros(num_keys * cosines.shape[1])
         signed = torch.cat([-sines[:, :half], sines[:, half:]], dim=1)
-        wide = [each.repeat(1, turned) for each in (cosines, signed)]
-        rest = [each.expand(len(cosines), -1) for each in (still + 1, still)]
-        tables = [torch.cat(pair, dim=1) for pair in zip(wide, rest, strict=True)]
-        return cls(tables[0], tables[1], num_queries, num_keys)
+        wide = [each.repeat(1, num_queries + num_keys) for each in (cosines, signed)]
+        return cls(wide[0], wide[1], num_queries, num_keys)
 
     def part(self, start: int, stop: int, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The tables of some heads, at all positions or at N columns."""
-        width = self.cosines.shape[1] // (self.num_queries + 2 * self.num_keys)
+        width = self.cosines.shape[1] // (self.num_queries + self.num_keys)
         tables = [each[:, start * width : stop * width] for each in self[:2]]
         tables = tables if columns is None else [each[columns] for each in tables]
         return tables[0], tables[1]
 
 
+def _rotations(model: Any, x: Tensor) -> _Rotations:
+    """Of all positions of x (B, L, H)."""
+    cosines, sines = model.rotary_emb(x, torch.arange(x.shape[1], device=x.device).unsqueeze(0))
+    config = model.config
+    return _Rotations.of(cosines[0], sines[0], config.num_attention_heads, config.num_key_value_heads)
+
+
 def _next(
-    x: Tensor, layer: Any, parts: list[Parts], rotations: _Rotations, wanted: _Wanted | None = None
+    x: Tensor, layer: Any, parts: list[Parts], rotations: _Rotations, wanted: Wanted | None = None
 ) -> Tensor:
     """The hidden states (B, L, H) after a layer, from those before it; (N, H) where some alone are wanted."""
-    own, (query, key, value, output, gate, up, down) = layer.self_attn, parts
-    norm, states, mask = layer.input_layernorm, x, None
+    own, (query, key, value), norm = layer.self_attn, parts[:3], layer.input_layernorm
     num_queries, num_keys = rotations.num_queries, rotations.num_keys
     first, start = ([query, key, value], 0) if wanted is None else ([key, value], num_queries)
     heads = _heads(own, products(*_normed(norm, x), first), num_queries - start, num_keys)
-    heads = _turned(heads, *rotations.part(start, num_queries + 2 * num_keys))
-    q, k, v = heads.split([num_queries - start, num_keys, num_keys], dim=-2)
+    sizes = Heads(num_queries, num_keys, own.head_dim, own.scaling)
+    tables = rotations.part(start, num_queries + num_keys)
+    states, queries = x, None
     if wanted is not None:
-        states, mask = x[wanted.index], wanted.mask
-        q = _heads(own, products(*_normed(norm, states), [query]), num_queries, 0)
-        q = _turned(q, *rotations.part(0, num_queries, wanted.index[1]))
-        q = q.new_zeros(*wanted.shape, *q.shape[1:]).index_put(wanted.slots, q)
+        states = x[wanted.index]
+        its_tables = rotations.part(0, num_queries, wanted.index[1])
+        queries = _heads(own, products(*_normed(norm, states), [query]), num_queries, 0), its_tables, wanted
+    if own.config._attn_implementation == attention.NAME and x.shape[1] <= attention.MAX_KEYS:
+        found = turned_attention(heads, tables, sizes, queries)
+    else:
+        found = _attention(own, heads, tables, sizes, queries)
+    return _after(layer, parts, states, found)
+
+
+def _attention(
+    own: Any, x: Tensor, tables: Tables, heads: Heads, queries: tuple[Tensor, Tables, Wanted] | None
+) -> Tensor:
+    """What `turned_attention` computes, by the kernel that the settings name."""
+    turning, v = split_values(x, heads)
+    q, k = split_values(_Turned.apply(turning, *tables, heads.width), heads)
+    mask = None
+    if queries is not None:
+        some, its_tables, wanted = queries
+        q, mask = wanted.spread(_Turned.apply(some, *its_tables, heads.width)), wanted.mask
     attend = AttentionInterface()[own.config._attn_implementation]
-    found, _ = attend(
-        own, *(each.transpose(1, 2) for each in (q, k, v)), mask, dropout=0.0, scaling=own.scaling
+    parts = (each.unflatten(-1, (-1, heads.width)).transpose(1, 2) for each in (q, k, v))
+    found, _ = attend(own, *parts, mask, dropout=0.0, scaling=heads.scale)
+    return (found if queries is None else found[queries[2].slots]).flatten(-2)
+
+
+def _after(layer: Any, parts: list[Parts], states: Tensor, found: Tensor) -> Tensor:
+    weights, scalings = tensors_of(parts[3:])
+    normed, [weight] = _normed(layer.post_attention_layernorm)
+    width = states.shape[-1]
+    rest = _AfterAttention.apply(
+        normed, scalings, states.reshape(-1, width), found.reshape(-1, found.shape[-1]), weight, *weights
     )
-    found = (found if wanted is None else found[wanted.slots]).flatten(-2)
-    x = states + products(PLAIN, [found], [output])
-    gated = products(*_normed(layer.post_attention_layernorm, x), [gate, up])
-    return x + products(GATE, [gated], [down])
+    return rest.view(states.shape)
+
+
+class _AfterAttention(torch.autograd.Function):
+    """x (N, H) + output(found), and what a layer's second half adds to that."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0913 (the tensors of the equation)
+        ctx: Any,
+        norm: RmsNorm,
+        scalings: list[float],
+        x: Tensor,
+        found: Tensor,
+        weight: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
+        wholes = [Whole.of(layers, found.dtype) for layers in _after_attention(tensors, scalings)]
+        output, gate_up, down = wholes
+        with torch.autocast(found.device.type, enabled=False):
+            y, low_found = output.outputs(found)
+            gated, low_normed = gate_up.outputs(norm.forward(y.add_(x), weight))
+            result, low_opened = down.outputs(GATE.forward(gated))
+        ctx.save_for_backward(found, low_found, y, weight, low_normed, gated, low_opened, *tensors)
+        ctx.norm, ctx.scalings, ctx.wholes = norm, scalings, wholes
+        return result.add_(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        found, low_found, y, weight, low_normed, gated, low_opened, *tensors = ctx.saved_tensors
+        layers, (output, gate_up, down) = _after_attention(tensors, ctx.scalings), ctx.wholes
+        steps = GATE.again(gated)
+        of_opened, of_down = down.gradients(layers[2], grad, steps[0], low_opened)
+        [of_gated] = GATE.backward(of_opened, steps, gated)
+        steps = ctx.norm.again(y, weight)
+        of_normed, of_gate_up = gate_up.gradients(layers[1], of_gated, steps[0], low_normed)
+        of_y, of_weight = ctx.norm.backward(of_normed, steps, y, weight)
+        of_y.add_(grad)
+        of_found, of_output = output.gradients(layers[0], of_y, found, low_found)
+        return None, None, of_y, of_found, of_weight, *of_output, *of_gate_up, *of_down
+
+
+def _after_attention(tensors: Sequence[Tensor], scalings: Sequence[float]) -> tuple[list[Parts], ...]:
+    """Output; gate and up, which share an input; down."""
+    layers = layers_of(tensors, scalings)
+    return layers[:1], layers[1:3], layers[3:]
 
 
 def _heads(own: Any, x: Tensor, num_queries: int, num_keys: int) -> Tensor:
-    """Heads (..., heads, D) of products (..., -) with their matrices: queries and keys, normed where the
-    family does so, and what follows them.
+    """Products (..., heads * D) with the matrices of heads: queries and keys, normed where the family does
+    so, and what follows them.
     """
-    heads = x.unflatten(-1, (-1, own.head_dim))
     if not hasattr(own, "q_norm"):
-        return heads
+        return x
+    heads = x.unflatten(-1, (-1, own.head_dim))
     q, k, rest = heads.tensor_split([num_queries, num_queries + num_keys], dim=-2)
-    return torch.cat([_norm(own.q_norm, q), _norm(own.k_norm, k), rest], dim=-2)
-
-
-def _turned(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    return _Turned.apply(heads.flatten(-2), cosines, sines, heads.shape[-1]).view(heads.shape)
+    return torch.cat([_norm(own.q_norm, q), _norm(own.k_norm, k), rest], dim=-2).flatten(-2)
 
 
 class _Turned(torch.autograd.Function):
@@ -148,18 +202,13 @@ class _Turned(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor, width: int) -> Tensor:
         ctx.save_for_backward(cosines, sines)
         ctx.width = width
-        return (x * cosines).addcmul_(_swapped(x, width), sines)
+        return turn(x, cosines, sines, width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cosines, sines = ctx.saved_tensors
-        return (grad * cosines).addcmul_(_swapped(grad, ctx.width), sines, value=-1), None, None, None
-
-
-def _swapped(x: Tensor, width: int) -> Tensor:
-    halves = x.view(*x.shape[:-1], -1, 2, width // 2)
-    return torch.cat([halves[..., 1:, :], halves[..., :1, :]], dim=-2).view(x.shape)
+        return turn(grad, cosines, sines, ctx.width, back=True), None, None, None
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -171,24 +220,52 @@ def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return found
 
 
-def _normed(norm: Any, x: Tensor) -> tuple[RmsNorm, list[Tensor]]:
-    return RmsNorm(norm.variance_epsilon), [x, norm.weight]
+def _normed(norm: Any, *x: Tensor) -> tuple[RmsNorm, list[Tensor]]:
+    return RmsNorm(norm.variance_epsilon), [*x, norm.weight]
 
 
-def steps(model: Any, prepare: Prepare) -> list[tuple[Any, Callable[..., Tensor]]] | None:
-    """Each layer with a forward that does what transformers' does where gradients are not asked for, with a
-    cache and any mask; matrices that share an input are prepared as one. None as in `hidden_states`.
+def forward_of(model: Any, prepare: Prepare) -> Callable[..., BaseModelOutputWithPast] | None:
+    """A forward for a model that does what its own does where gradients are not asked for, with a cache and
+    padding; matrices that share an input are prepared as one. None as in `hidden_states`.
     """
     layers = _layers(model, sys.maxsize)
     if layers is None or any(part.a is not None for parts in layers for part in parts):
         return None
-    if any("forward" in vars(layer) for layer in model.layers):
+    if any("forward" in vars(each) for each in (model, *model.layers)):
         return None
-    kind = type_of_products(model.embed_tokens.weight)
-    return [
-        (layer, functools.partial(_step, layer=layer, products=_prepared(parts, prepare), kind=kind))
+    if model.config._attn_implementation not in MASKED:
+        return None
+    steps = [
+        functools.partial(_step, layer=layer, products=_prepared(parts, prepare))
         for layer, parts in zip(model.layers, layers, strict=True)
     ]
+    kind = type_of_products(model.embed_tokens.weight)
+    return functools.partial(_forward, model=model, steps=steps, kind=kind)
+
+
+def _forward(  # noqa: PLR0913 (transformers' signature of a model)
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    *,
+    model: Any,
+    steps: Sequence[Callable[..., Tensor]],
+    kind: torch.dtype,
+    **_: Any,
+) -> BaseModelOutputWithPast:
+    """The last hidden states (B, L, H) of tokens (B, L) behind cached ones; the mask (B, T) is of all."""
+    length, before = input_ids.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
+    x = model.embed_tokens(input_ids).to(kind)
+    if position_ids is None:
+        position_ids = torch.arange(before, before + length, device=x.device).unsqueeze(0)
+    tables, added = [each.to(kind) for each in model.rotary_emb(x, position_ids)], None
+    if attention_mask is not None and not bool(attention_mask.all()):
+        seen = attention_mask[:, None, None, :].bool().expand(-1, -1, length, -1).tril(before)
+        added = x.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
+    for step in steps:
+        x = step(x, tables, added, past_key_values)
+    return BaseModelOutputWithPast(last_hidden_state=_norm(model.norm, x), past_key_values=past_key_values)
 
 
 def _prepared(parts: Sequence[Parts], prepare: Prepare) -> list[Callable[[Tensor], Tensor]]:
@@ -201,34 +278,29 @@ def _prepared(parts: Sequence[Parts], prepare: Prepare) -> list[Callable[[Tensor
     return found
 
 
-def _step(  # noqa: PLR0913 (transformers' signature of a layer)
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    use_cache: bool = False,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
+def _step(  # noqa: PLR0913 (a layer and what it sees)
+    x: Tensor,
+    tables: Sequence[Tensor],
+    added: Tensor | None,
+    cache: Any,
     *,
     layer: Any,
     products: Sequence[Callable[[Tensor], Tensor]],
-    kind: torch.dtype,
-    **more: Any,
 ) -> Tensor:
-    """The hidden states (B, L, H) after a layer, in the number type `kind`."""
-    assert position_embeddings is not None
-    own, x, (first, output, gate_up, down) = layer.self_attn, hidden_states.to(kind), products
+    """The hidden states (B, L, H) after a layer; `added` to the products of queries and keys (B, 1, L, T)."""
+    own, (first, output, gate_up, down) = layer.self_attn, products
     num_keys = own.config.num_key_value_heads
     heads = first(_norm(layer.input_layernorm, x)).unflatten(-1, (-1, own.head_dim))
     q_and_k, v = heads[..., :-num_keys, :], heads[..., -num_keys:, :]
     if hasattr(own, "q_norm"):
         q, k = q_and_k[..., :-num_keys, :], q_and_k[..., -num_keys:, :]
         q_and_k = torch.cat([_norm(own.q_norm, q), _norm(own.k_norm, k)], dim=-2)
-    q_and_k = _rotated(q_and_k, *(each.to(kind) for each in position_embeddings))
+    q_and_k = _rotated(q_and_k, *tables)
     q, k, v = (each.transpose(1, 2) for each in (q_and_k[..., :-num_keys, :], q_and_k[..., -num_keys:, :], v))
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, own.layer_idx)
+    if cache is not None:
+        k, v = cache.update(k, v, own.layer_idx)
     attend = AttentionInterface()[own.config._attn_implementation]
-    found, _ = attend(own, q, k, v, attention_mask, dropout=0.0, scaling=own.scaling)
+    found, _ = attend(own, q, k, v, added, dropout=0.0, scaling=own.scaling)
     x = x + output(found.flatten(-2))
     return x + down(GATE.forward(gate_up(_norm(layer.post_attention_layernorm, x))))
 
@@ -242,6 +314,16 @@ def join_weights(model: Any) -> None:
     for parts in _layers(model, 0) or []:
         for some in (parts[:3], parts[4:6]):
             join([part.weight for part in some])
+
+
+def _layers_now(model: Any, length: int) -> list[list[Parts]] | None:
+    """`_layers`, found once for all passes of unchanged weights with the same adapter."""
+    if type(model) not in MODELS:
+        return None
+    first: Any = model.layers[0].self_attn.q_proj
+    acting = [getattr(first, name, None) for name in ("active_adapters", "disable_adapters")]
+    key = ("layers", id(model), length, model.training, str(acting))
+    return derived(lambda: _layers(model, length), [model.embed_tokens.weight], *key)
 
 
 def _layers(model: Any, length: int) -> list[list[Parts]] | None:

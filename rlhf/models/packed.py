@@ -52,12 +52,12 @@ def _preparation(model: nn.Module, engine: Engine) -> llama.Prepare | None:
     return _plain if small and engine.dtype == torch.float32 else None
 
 
-def _forwards(model: nn.Module, prepare: llama.Prepare) -> Iterator[tuple[Any, Callable[..., Tensor]]]:
+def _forwards(model: nn.Module, prepare: llama.Prepare) -> Iterator[tuple[Any, Callable[..., Any]]]:
     inner = trunk(model)
-    steps = llama.steps(inner, prepare)
-    if steps is not None:
-        yield from steps
-    fused = set() if steps is None else set(inner.layers.modules())
+    forward = llama.forward_of(inner, prepare)
+    if forward is not None:
+        yield inner, forward
+    fused = set() if forward is None else set(inner.layers.modules())
     for layer in model.modules():
         if type(layer) is nn.Linear and layer not in fused and "forward" not in vars(layer):
             yield layer, prepare(layer.weight, layer.bias)

@@ -125,8 +125,8 @@ def products(before: Before, inputs: Sequence[Tensor], layers: Sequence[Parts]) 
     type of the first of these; weights of another type are rounded to it.
     """
     rows = [each.reshape(-1, each.shape[-1]) if each.dim() > 1 else each for each in inputs]
-    weights = [tensor for layer in layers for tensor in layer[:4]]
-    y = _Products.apply(before, [layer.scaling for layer in layers], len(rows), *rows, *weights)
+    weights, scalings = tensors_of(layers)
+    y = _Products.apply(before, scalings, len(rows), *rows, *weights)
     return y.view(*inputs[0].shape[:-1], y.shape[-1])
 
 
@@ -158,24 +158,45 @@ class Whole:
         if self.folded and self.a is not None and self.b is not None:
             self.weight = torch.addmm(self.weight, self.b, self.a)
 
+    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (N, I) -> (N, O), and what adapters made of x in between (N, r), where that was computed."""
+        y = functional.linear(x, self.weight, self.bias)
+        if self.a is None or self.b is None or self.folded:
+            return y, None
+        hidden = x @ self.a.t()
+        return y.addmm_(hidden, self.b.t()), hidden
+
+    def gradients(
+        self,
+        layers: Sequence[Parts],
+        grad: Tensor,
+        x: Tensor,
+        hidden: Tensor | None,
+        *,
+        of_input: bool = True,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradients of x and of all layers' tensors, from that of the outputs (N, O)."""
+        low = None if hidden is None or self.b is None else grad @ self.b
+        of_x = grad @ self.weight if of_input else None
+        if of_x is not None and low is not None and self.a is not None:
+            of_x.addmm_(low, self.a)
+        return of_x, _weight_gradients(layers, self, grad, x, hidden, low)
+
     @classmethod
     def of(cls, layers: Sequence[Parts], kind: torch.dtype) -> Whole:
         """The same for all passes while the weights do not change."""
-        tensors = [tensor for layer in layers for tensor in layer[:4]]
-        return derived(lambda: cls(layers, kind), tensors, kind, *(layer.scaling for layer in layers))
+        tensors, scalings = tensors_of(layers)
+        return derived(lambda: cls(layers, kind), tensors, kind, *scalings)
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, before: Before, scalings: list[float], num_inputs: int, *tensors: Tensor) -> Tensor:
-        inputs, layers, hidden = tensors[:num_inputs], _layers(tensors[num_inputs:], scalings), None
+        inputs, layers = tensors[:num_inputs], layers_of(tensors[num_inputs:], scalings)
         with torch.autocast(inputs[0].device.type, enabled=False):
             x = before.forward(*inputs)
             whole = Whole.of(layers, x.dtype)
-            y = functional.linear(x, whole.weight, whole.bias)
-            if whole.a is not None and whole.b is not None and not whole.folded:
-                hidden = x @ whole.a.t()
-                y.addmm_(hidden, whole.b.t())
+            y, hidden = whole.outputs(x)
         ctx.save_for_backward(*tensors, hidden)
         ctx.before, ctx.scalings, ctx.num_inputs = before, scalings, num_inputs
         ctx.whole = whole
@@ -185,21 +206,21 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *saved, hidden = ctx.saved_tensors
-        inputs, layers = saved[: ctx.num_inputs], _layers(saved[ctx.num_inputs :], ctx.scalings)
-        whole: Whole = ctx.whole
-        low = None if hidden is None or whole.b is None else grad @ whole.b
+        inputs, layers = saved[: ctx.num_inputs], layers_of(saved[ctx.num_inputs :], ctx.scalings)
         steps: list[Tensor] = ctx.before.again(*inputs)
-        of_inputs: list[Tensor | None] = [None] * len(inputs)
-        if any(ctx.needs_input_grad[3 : 3 + len(inputs)]):
-            of_output = grad @ whole.weight
-            if low is not None and whole.a is not None:
-                of_output.addmm_(low, whole.a)
-            of_inputs = ctx.before.backward(of_output, steps, *inputs)
-        of_weights = _weight_gradients(layers, whole, grad, steps[0], hidden, low)
+        of_input = any(ctx.needs_input_grad[3 : 3 + len(inputs)])
+        of_x, of_weights = ctx.whole.gradients(layers, grad, steps[0], hidden, of_input=of_input)
+        of_inputs = [None] * len(inputs) if of_x is None else ctx.before.backward(of_x, steps, *inputs)
         return None, None, None, *of_inputs, *of_weights
 
 
-def _layers(tensors: Sequence[Tensor], scalings: Sequence[float]) -> list[Parts]:
+def tensors_of(layers: Sequence[Parts]) -> tuple[list[Tensor | None], list[float]]:
+    """What a step of autograd takes of layers: their tensors, and their scalings."""
+    return [tensor for layer in layers for tensor in layer[:4]], [layer.scaling for layer in layers]
+
+
+def layers_of(tensors: Sequence[Tensor], scalings: Sequence[float]) -> list[Parts]:
+    """The layers of `tensors_of`."""
     rows = zip(tensors[0::4], tensors[1::4], tensors[2::4], tensors[3::4], scalings, strict=True)
     return [Parts(*row) for row in rows]
 
