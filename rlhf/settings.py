@@ -282,6 +282,7 @@ class BenchConfig:
     updates: int
     find_tokens_per_pass: bool
     zero_processes: int | None
+    rounds: int
     peer: str | None
 
 

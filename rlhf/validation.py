@@ -42,6 +42,7 @@ AT_LEAST_ONE = {
     "tokens_per_pass",
     "workers",
     "zero_processes",
+    "rounds",
     "max_prompt_tokens",
     "max_response_tokens",
     "max_length",

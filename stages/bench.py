@@ -30,14 +30,7 @@ PHASES = ("sample", "score", "experience", "learn", "other")
 def main(overrides: list[str]) -> None:
     """Run every part in a process of its own, one after the other, and print and write the tables."""
     config = load_config("bench", overrides)
-    for adapter in config.adapters:
-        if adapter not in group_choices("adapter"):
-            known = group_choices("adapter")
-            raise ValueError(f"adapters: {hint(adapter, known)}{adapter} is none of {', '.join(known)}")
-    if config.peer and not Path(config.peer).expanduser().is_file():
-        raise ValueError(
-            f"peer={config.peer}: no such file{nearest_existing(Path(config.peer).expanduser())}"
-        )
+    _check(config)
     folder = Path(config.runs) / config.name / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     config.model.path = resolve_model(config.model.path, config.model.revision)
@@ -49,7 +42,7 @@ def main(overrides: list[str]) -> None:
     peers = [adapter for adapter in config.adapters if config.peer and adapter in ("none", "lora")]
     found: dict[str, Any] = {"ppo": {}, "peer": {}}
     engines = ("zero2", "zero3") if config.zero_processes else ()
-    total = 3 + len(config.adapters) + len(peers) + len(engines)
+    total = 3 + config.rounds * (len(config.adapters) + len(peers)) + len(engines)
     bar = progress(total, initial=0, unit="part", description="bench")
     with tempfile.TemporaryDirectory() as temporary:
         spec["folder"] = temporary
@@ -66,16 +59,38 @@ def main(overrides: list[str]) -> None:
             bar.update(1)
         run("prepare")
         for adapter in config.adapters:
-            found["ppo"][adapter] = run("ppo", adapter=adapter)
-            if adapter in peers:
-                found["peer"][adapter] = run_peer(config, spec, found["ppo"][adapter]["dtype"], adapter)
-                bar.update(1)
+            ours, theirs = [], []
+            for _ in range(config.rounds):
+                ours.append(run("ppo", adapter=adapter))
+                if adapter in peers:
+                    theirs.append(run_peer(config, spec, ours[0]["dtype"], adapter))
+                    bar.update(1)
+            found["ppo"][adapter] = _median(ours)
+            if theirs:
+                pairs = zip(ours, theirs, strict=True)
+                ratios = [one["episodes_per_s"] / two["episodes_per_s"] for one, two in pairs]
+                found["peer"][adapter] = {**_median(theirs), "ratios": ratios}
     bar.close()
     found |= {"settings": spec, "versions": library_versions(), "processors": os.cpu_count()}
     write_text(folder / "bench.json", json.dumps(found, indent=2) + "\n")
     report = table(found, command=shlex.join(["./launch.sh", "stage=bench", *overrides]))
     write_text(folder / "bench.md", report)
     print(report + f"\nwritten to {folder}/bench.md and bench.json")
+
+
+def _check(config: Any) -> None:
+    for adapter in config.adapters:
+        if adapter not in group_choices("adapter"):
+            known = group_choices("adapter")
+            raise ValueError(f"adapters: {hint(adapter, known)}{adapter} is none of {', '.join(known)}")
+    if config.peer and not Path(config.peer).expanduser().is_file():
+        raise ValueError(
+            f"peer={config.peer}: no such file{nearest_existing(Path(config.peer).expanduser())}"
+        )
+
+
+def _median(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return sorted(rows, key=lambda row: row["episodes_per_s"])[len(rows) // 2]
 
 
 def run_own(part: str, spec: dict[str, Any]) -> Any:
@@ -214,10 +229,11 @@ def table(found: dict[str, Any], *, command: str) -> str:
         ]
         lines.append("|---|---|---|---|---|")
     for adapter, peer in found["peer"].items():
-        ours = found["ppo"][adapter]
+        ours, ratios = found["ppo"][adapter], sorted(peer["ratios"])
+        spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if len(ratios) > 1 else ""
         lines.append(
             f"| {adapter} | {peer['episodes_per_s']:.2f} | {peer['peak_rss_gib']:.2f} "
-            f"| {ours['episodes_per_s'] / peer['episodes_per_s']:.2f} "
+            f"| {ratios[len(ratios) // 2]:.2f}{spread} "
             f"| {ours['peak_memory_gib'] / peer['peak_rss_gib']:.0%} |"
         )
     return "\n".join(lines) + "\n"

@@ -115,11 +115,11 @@ def test_ratios_to_the_peer_stand_in_the_table() -> None:
         "products": {"float32": 1e10, "limit": 1e10},
         "sampler": {"ours": 30.0, "generate": 10.0},
         "ppo": {"none": row},
-        "peer": {"none": {"episodes_per_s": 1.5, "peak_rss_gib": 4.0}},
+        "peer": {"none": {"episodes_per_s": 1.5, "peak_rss_gib": 4.0, "ratios": [1.5, 2.5, 2.0]}},
         "settings": {"updates": 1},
     }
     text = table(found, command="./launch.sh stage=bench")
-    assert "| none | 1.50 | 4.00 | 2.00 | 25% |" in text
+    assert "| none | 1.50 | 4.00 | 2.00 (1.50 to 2.50) | 25% |" in text
     assert "Memory held, none: 1.500 GiB after update 2, 2.000 after update 10." in text
     assert "Learning, none, by operation: aten::mm 75%, aten::mul 12%." in text
     assert "3.00 times as many" in text and "| 50% |" in text
