@@ -214,13 +214,10 @@ class Learner:
         """Stop where the update has left weights that nothing can be computed with, naming the first, before
         they take the place of a good checkpoint.
         """
-        found = {
-            name: own_part(parameter)
-            for name, parameter in self.models.named_parameters()
-            if parameter.requires_grad
-        }
-        if not bool(nn.utils.get_total_norm(found.values()).isfinite()):
-            name = next((n for n, each in found.items() if not bool(each.norm().isfinite())), "a weight")
+        trained = [own_part(parameter) for part in self.trained for parameter in part]
+        if not bool(nn.utils.get_total_norm(trained).isfinite()):
+            named = ((name, own_part(each)) for name, each in self.models.named_parameters())
+            name = next((name for name, each in named if not bool(each.norm().isfinite())), "a weight")
             raise ValueError(
                 f"{name} is not finite, or too large, after update {self.step}: it is not saved. Lower "
                 "learning_rate or clip.grad_norm"
