@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 P = ParamSpec("P")
 
-# What the launcher tells each process; ADDRESS is host:port of the first one.
-RANK, COUNT, ADDRESS = "RLHF_RANK", "RLHF_COUNT", "RLHF_ADDRESS"
+# What a launcher says; ADDRESS is host:port of the first process, LOCAL_RANK the number on its machine.
+RANK, COUNT, ADDRESS, LOCAL_RANK = "RLHF_RANK", "RLHF_COUNT", "RLHF_ADDRESS", "RLHF_LOCAL_RANK"
+STORE = "RLHF_STORE"  # our part of the store that a launcher itself holds at ADDRESS, where it does
 
 # A process that waits longer than this for the others takes them for dead.
 PATIENCE = datetime.timedelta(hours=6)
@@ -139,9 +140,16 @@ def processes() -> Processes:
 
     rank, (host, _, port) = int(os.environ[RANK]), os.environ[ADDRESS].rpartition(":")
     try:
-        store = dist.TCPStore(
-            host, int(port), is_master=rank == 0, timeout=PATIENCE_AT_START, wait_for_workers=False
+        own_part = os.environ.get(STORE)
+        store: Any = dist.TCPStore(
+            host,
+            int(port),
+            is_master=rank == 0 and own_part is None,
+            timeout=PATIENCE_AT_START,
+            wait_for_workers=False,
         )
+        if own_part is not None:
+            store = dist.PrefixStore(own_part, store)
         _meet(store, count)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -198,18 +206,16 @@ def by_main(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def wrapped(*arguments: P.args, **more: P.kwargs) -> T:
-        everyone = processes()
-        if everyone.count == 1 or _alone.get():
+        if _alone.get() or processes().count == 1:
             return function(*arguments, **more)
+        everyone = processes()
         result, error = None, None
         if everyone.is_main:
-            token = _alone.set(True)
             try:
-                result = function(*arguments, **more)
+                with alone():
+                    result = function(*arguments, **more)
             except (ValueError, OSError) as raised:
                 error = raised
-            finally:
-                _alone.reset(token)
         (said, given), *_ = everyone.all_of((error and str(error), result))
         if said is not None:
             raise ValueError(said) from error
@@ -219,6 +225,16 @@ def by_main(function: Callable[P, T]) -> Callable[P, T]:
 
 
 _alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process does itself what `by_main` leaves to the first one, and waits for none."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 @functools.cache

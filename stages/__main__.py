@@ -26,6 +26,9 @@ def main(words: list[str]) -> int:
     from rlhf.processes import RANK, OthersEndedError
 
     try:
+        from stages.foreign import taken_over
+
+        words = taken_over(words)
         stage, overrides = read_words(words)
         return run(stage, overrides)
     except BrokenPipeError:  # whoever read the output has seen enough
@@ -90,35 +93,50 @@ def run(stage: str, overrides: list[str]) -> int:
     from rlhf.config import load_config
     from rlhf.parents import check_there
     from rlhf.processes import RANK, leave
-    from stages import all as all_stages
     from stages.common import make_inputs
+    from stages.foreign import check_fits, check_stage, is_foreign, make_inputs_once
     from stages.launch import launch, place_of
     from stages.show import show
 
+    if os.environ.get(RANK, "0") != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    quiet_libraries()
+    if is_foreign():
+        check_stage(stage)
     if stage == "all":
-        configs = all_stages.load_configs(overrides)
-        if any(config.show for config in configs.values()):
-            for name, config in configs.items():
-                show(name, config)
-            return 0
-        return all_stages.run(configs, overrides)
+        return run_all(overrides)
     config = load_config(stage, overrides)
     if config.show:
         show(stage, config)
         return 0
-    if stage != "bench" and RANK not in os.environ:
+    if is_foreign():
+        check_fits(config)
+    if stage != "bench" and (RANK not in os.environ or is_foreign()):
+        # where several processes check, none writes before all have met
         folder = StageFolder(config.runs, config.name, stage)
         folder.check_free(overwrite=config.overwrite, resume=config.resume)
         check_there(config, folder.path)
-        if place_of(config).count > 1:
+        if is_foreign():
+            make_inputs_once(config)
+        elif place_of(config).count > 1:
             make_inputs(config)
             return launch(stage, overrides, config)
-    if os.environ.get(RANK, "0") != "0":
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    quiet_libraries()
     importlib.import_module(f"stages.{stage}").main(overrides)
     leave()
     return 0
+
+
+def run_all(overrides: list[str]) -> int:
+    """Resolve the settings of all stages, then show them or run the stages one after the other."""
+    from stages import all as all_stages
+    from stages.show import show
+
+    configs = all_stages.load_configs(overrides)
+    if any(config.show for config in configs.values()):
+        for name, config in configs.items():
+            show(name, config)
+        return 0
+    return all_stages.run(configs, overrides)
 
 
 def close_bars() -> None:
@@ -171,7 +189,8 @@ if __name__ == "__main__":
     from rlhf.processes import RANK
     from stages import COMMAND_VARIABLE
 
-    if {COMMAND_VARIABLE, RANK} & set(os.environ):  # started by another process of ours
+    # started by another process of ours, or by another launcher
+    if {COMMAND_VARIABLE, RANK} & set(os.environ) or os.environ.get("WORLD_SIZE", "1") != "1":
         end_with_parent()
     status = main(sys.argv[1:])
     # still joined to the others; and DeepSpeed's threads may abort a process that ends as usual

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from rlhf.config import PROJECT_DIR
-from rlhf.processes import ADDRESS, COUNT, RANK
+from rlhf.processes import ADDRESS, COUNT, LOCAL_RANK, RANK
 from rlhf.sources import nearest_existing
 
 ENTRY_POINT = PROJECT_DIR / "stages" / "__main__.py"
@@ -130,15 +130,13 @@ def start(command: list[str], place: Place, main_port: int | None, **how: Any) -
     """Start a command as this machine's processes, which join those of the others; `how`: as in Popen."""
     address = _address(place, main_port)
     path = os.pathsep.join(filter(None, [str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]))
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _num_cores() // place.here)))
-    common = {COUNT: str(place.count), ADDRESS: address, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
-    ranks = {local: str(place.first + local) for local in range(place.here)}
-    return [
-        subprocess.Popen(
-            command, env={**os.environ, **common, RANK: ranks[local], "CUDA_VISIBLE_DEVICES": gpu}, **how
-        )
-        for local, gpu in enumerate(_gpus(place.here))
+    common = {COUNT: str(place.count), ADDRESS: address, "PYTHONPATH": path}
+    common["OMP_NUM_THREADS"] = threads_each(place.here)
+    own = [
+        {RANK: str(place.first + local), LOCAL_RANK: str(local), "CUDA_VISIBLE_DEVICES": gpu_of(local)}
+        for local in range(place.here)
     ]
+    return [subprocess.Popen(command, env={**os.environ, **common, **each}, **how) for each in own]
 
 
 def _ending(children: list[subprocess.Popen[bytes]], first: int, count: int) -> int:
@@ -176,11 +174,18 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _gpus(count: int) -> list[str]:
-    """The GPU that each process of this machine sees as its only one."""
+def threads_each(here: int) -> str:
+    """OMP_NUM_THREADS of each process of this machine: as set, else its share of the cores."""
+    return os.environ.get("OMP_NUM_THREADS", str(max(1, _num_cores() // here)))
+
+
+def gpu_of(local: int) -> str:
+    """CUDA_VISIBLE_DEVICES of a process of this machine: one GPU, or none where there are no more."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = named.split(",") if named is not None else [str(number) for number in range(count)]
-    return [visible[local] if local < len(visible) else "" for local in range(count)]
+    if named is None:
+        return str(local)
+    visible = named.split(",")
+    return visible[local] if local < len(visible) else ""
 
 
 def _address(place: Place, main_port: int | None) -> str:
