@@ -13,6 +13,7 @@ import datetime
 import functools
 import os
 import sys
+import threading
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ STORE = "RLHF_STORE"  # our part of the store that a launcher itself holds at AD
 # A process that waits longer than this for the others takes them for dead.
 PATIENCE = datetime.timedelta(hours=6)
 PATIENCE_AT_START = datetime.timedelta(minutes=10)
+SECONDS_IN_SILENCE = 5.0  # of waiting at the start, before it is said
 
 # Numbers that travel between processes at a time.
 BUCKET = 1 << 24
@@ -141,16 +143,18 @@ def processes() -> Processes:
     rank, (host, _, port) = int(os.environ[RANK]), os.environ[ADDRESS].rpartition(":")
     try:
         own_part = os.environ.get(STORE)
-        store: Any = dist.TCPStore(
-            host,
-            int(port),
-            is_master=rank == 0 and own_part is None,
-            timeout=PATIENCE_AT_START,
-            wait_for_workers=False,
-        )
+        with _said_if_it_takes_long(f"waiting for process 0 at {host}:{port} ..."):
+            store: Any = dist.TCPStore(
+                host,
+                int(port),
+                is_master=rank == 0 and own_part is None,
+                timeout=PATIENCE_AT_START,
+                wait_for_workers=False,
+            )
         if own_part is not None:
             store = dist.PrefixStore(own_part, store)
-        _meet(store, count)
+        with _said_if_it_takes_long(f"waiting at {host}:{port} for all {count} processes to come ..."):
+            _meet(store, rank, count)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=store,
@@ -159,33 +163,60 @@ def processes() -> Processes:
             timeout=PATIENCE,
         )
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise ValueError(
+                f"port {port} of this machine is in use: end what uses it, or set main_port= (with another "
+                "launcher MASTER_PORT) to a free one"
+            ) from error
         raise ValueError(
             f"the {count} processes did not come together at {host}:{port} within {PATIENCE_AT_START}: start "
-            "the stage on every machine, and check main_address=, main_port= and the firewall between them"
+            "the stage on every machine, and check main_address=, machine_rank=, main_port= and the firewall "
+            "between them"
         ) from error
     return Processes(rank, count)
 
 
-def _meet(store: Any, count: int) -> None:
-    """Wait until all processes are there; raise ValueError where they were not told of as many, RuntimeError
-    where they do not come.
+def _meet(store: Any, rank: int, count: int) -> None:
+    """Wait until all processes are there; raise ValueError where they were not told of as many, or two have
+    the same rank, RuntimeError where they do not come.
     """
     agreed = int(store.compare_set("count", "", str(count)))
     if agreed != count:
         store.set("others", str(count))
+    if store.add(f"rank {rank}", 1) > 1:
+        store.set("twice", str(rank))
     store.add("arrived", 1)
     deadline = time.monotonic() + PATIENCE_AT_START.total_seconds()
-    while store.add("arrived", 0) < count or store.check(["others"]):
+    while True:
         if store.check(["others"]):
             others = int(store.get("others")) if agreed == count else agreed
-            time.sleep(1)  # until all have read it: the first process holds the store
-            raise ValueError(
-                f"this machine was told of {count} processes, another of {others}: give every machine the "
-                "same num_processes= and num_machines="
-            )
-        if time.monotonic() > deadline:
+            problem = f"this machine was told of {count} processes, another of {others}: give every machine "
+            problem += "the same num_processes= and num_machines="
+        elif store.check(["twice"]):
+            problem = f"two processes have come as number {int(store.get('twice'))} of {count}: give every "
+            problem += "machine a machine_rank= of its own, from 0 on"
+        elif store.add("arrived", 0) >= count:
+            return
+        elif time.monotonic() > deadline:
             raise RuntimeError("not all came")
-        time.sleep(0.05)
+        else:
+            time.sleep(0.05)
+            continue
+        time.sleep(1)  # until all have read it: the first process holds the store
+        raise ValueError(problem)
+
+
+@contextlib.contextmanager
+def _said_if_it_takes_long(what: str) -> Iterator[None]:
+    """Say what is being waited for, by one process of each machine."""
+    timer = threading.Timer(SECONDS_IN_SILENCE, print, [what], {"file": sys.__stderr__, "flush": True})
+    timer.daemon = True
+    if os.environ.get(LOCAL_RANK, "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def leave() -> None:

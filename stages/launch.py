@@ -61,8 +61,12 @@ def place_of(config: Any) -> Place:
         raise ValueError(
             f"machine_rank={config.machine_rank} of num_machines={config.num_machines}: they count from 0"
         )
-    if config.num_machines > 1 and config.main_address is None:
-        raise ValueError(f"num_machines={config.num_machines}: give main_address=, the address of machine 0")
+    if config.num_machines > 1:
+        if config.main_address is None:
+            raise ValueError(
+                f"num_machines={config.num_machines}: give main_address=, the address of machine 0"
+            )
+        _check_known(config.main_address, f"main_address={config.main_address}")
     here = asked // config.num_machines
     return Place(asked, here, config.machine_rank * here, config.main_address)
 
@@ -88,6 +92,7 @@ def _place_in(hostfile: str, config: Any) -> Place:
         raise ValueError(
             f"{hostfile} names this machine {len(mine)} times; it is known as {', '.join(sorted(own))}"
         )
+    _check_known(hosts[0][0], f"{hostfile}: the first host, {hosts[0][0]},")
     slots = [count for _, count in hosts]
     return Place(sum(slots), slots[mine[0]], sum(slots[: mine[0]]), hosts[0][0])
 
@@ -95,6 +100,11 @@ def _place_in(hostfile: str, config: Any) -> Place:
 def _own_names() -> set[str]:
     addresses = {each.address for known in psutil.net_if_addrs().values() for each in known}
     return {socket.gethostname(), socket.getfqdn(), *(each for each in addresses if "." in each)}
+
+
+def _check_known(host: str, said: str) -> None:
+    if _address_of(host) is None:
+        raise ValueError(f"{said} leads to no address: give the IP address of machine 0")
 
 
 def _address_of(host: str) -> str | None:

@@ -288,6 +288,10 @@ def test_machines_that_disagree_are_found_at_the_start(tiny_run: Path, tmp_path:
         ),
         (["engine=ddp", "num_processes=2", "machine_rank=1"], "machine_rank=1 of num_machines=1"),
         (["engine=ddp", "num_processes=2", "num_machines=2"], "num_machines=2: give main_address="),
+        (
+            ["engine=ddp", "num_processes=2", "num_machines=2", "main_address=no.such.host.invalid"],
+            "main_address=no.such.host.invalid leads to no address: give the IP address of machine 0",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(words: list[str], message: str) -> None:
@@ -303,6 +307,7 @@ def test_one_process_is_the_default() -> None:
 def test_a_machine_finds_its_place_in_a_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "hosts"
     monkeypatch.setattr("stages.launch._own_names", lambda: {"two", "10.0.0.2"})
+    monkeypatch.setattr("stages.launch._address_of", {"one": "10.0.0.1", "10.0.0.2": "10.0.0.2"}.get)
     config = load_config("ppo", ["engine=ddp", f"hostfile={path}"])
 
     def place(text: str) -> Place:
@@ -315,6 +320,8 @@ def test_a_machine_finds_its_place_in_a_hostfile(tmp_path: Path, monkeypatch: py
         place("one slots=4\ntwo\n")
     with pytest.raises(ValueError, match=r"names this machine 0 times; it is known as 10.0.0.2, two"):
         place("one slots=4\n")
+    with pytest.raises(ValueError, match=r"hosts: the first host, three, leads to no address"):
+        place("three slots=1\ntwo slots=1\n")
     path.unlink()
     with pytest.raises(ValueError, match=r"hostfile=.*hosts: no such file"):
         place_of(config)
@@ -342,26 +349,63 @@ def test_alone_the_first_process_does_it_itself() -> None:
     assert by_main(lambda x: x + 1)(2) == 3
 
 
+def meeting(*told: tuple[int, int]) -> list[subprocess.Popen[str]]:
+    """Processes that were told of (rank, count) on their way to meet one another."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", "from rlhf.processes import processes; processes()"]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=PROJECT_DIR,
+            env={**os.environ, RANK: str(rank), COUNT: str(count), ADDRESS: address},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, count in told
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [(2, 4), (4, 2)])
 def test_machines_that_were_told_of_other_numbers_of_processes_find_it_at_once(
     counts: tuple[int, int],
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    started = []
-    for rank, count in enumerate(counts):
-        told = {RANK: str(rank), COUNT: str(count), ADDRESS: address}
-        command = [sys.executable, "-c", "from rlhf.processes import processes; processes()"]
-        started.append(
-            subprocess.Popen(
-                command, cwd=PROJECT_DIR, env={**os.environ, **told}, stderr=subprocess.PIPE, text=True
-            )
-        )
-    for own, other, process in zip(counts, counts[::-1], started, strict=True):
+    for own, other, process in zip(counts, counts[::-1], meeting(*enumerate(counts)), strict=True):
         said = process.communicate(timeout=60)[1]
         assert f"told of {own} processes, another of {other}: give every machine the same num_pro" in said
+
+
+@pytest.mark.slow
+def test_machines_that_have_the_same_rank_find_it_at_once() -> None:
+    for process in meeting((0, 3), (1, 3), (1, 3)):
+        said = process.communicate(timeout=60)[1]
+        assert (
+            "two processes have come as number 1 of 3: give every machine a machine_rank= of its own" in said
+        )
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_named_where_another_launcher_chose_it() -> None:
+    first, second = meeting((0, 2), (0, 2))
+    ended = second if wait_for(lambda: second.poll() or first.poll()) and second.poll() else first
+    said = ended.communicate()[1]
+    for process in (first, second):
+        process.kill()
+        process.communicate()
+    assert "of this machine is in use: end what uses it, or set main_port= (with another" in said
+
+
+@pytest.mark.slow
+def test_what_is_waited_for_is_said() -> None:
+    for told, expected in (((1, 2), "waiting for process 0 at 127.0.0.1:"), ((0, 2), "for all 2 processes")):
+        (process,) = meeting(told)
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        process.kill()
+        process.communicate()
+        assert said.startswith("waiting ") and expected in said
 
 
 @pytest.mark.slow
