@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from rlhf.deepspeed_config import check_deepspeed
 from rlhf.settings import STAGE_CONFIGS, BenchConfig, StageConfig
 from rlhf.validation import check_config, hint
 
@@ -70,7 +71,9 @@ def load_config(stage: str, overrides: list[str]) -> Any:
     if not config.runs.strip():
         raise ValueError("runs= is empty: give it a value, or leave it out")
     config.runs = str(Path(config.runs).expanduser().absolute())
-    return _to_object(config)
+    found = _to_object(config)
+    check_deepspeed(found)
+    return found
 
 
 def split_overrides(overrides: list[str]) -> dict[str, list[str]]:

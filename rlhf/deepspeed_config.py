@@ -3,21 +3,76 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# What this project says of a DeepSpeed configuration, by its own keys.
+from rlhf.settings import MAX_GRAD_NORM
+from rlhf.validation import hint
+
+AUTO = "auto"  # what a file of Hugging Face's leaves to the program that reads it
+
+# Settings that DeepSpeed takes as they are.
+TAKEN = {
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "disable_python_gc",
+    "dump_state",
+    "memory_breakdown",
+    "steps_per_print",
+}
+# Settings that keys of this project say. They may stand in a file where they say the same.
 OURS = {
-    "gradient_clipping": "clip.grad_norm, 1.0 in sft and rm",
-    "train_batch_size": "batch_size",
-    "train_micro_batch_size_per_gpu": "engine.micro_batch_size",
-    "gradient_accumulation_steps": "engine.tokens_per_pass",
-    "optimizer": "learning_rate",
-    "scheduler": "warmup_ratio, warmup_updates",
-    "fp16": "engine.dtype",
-    "bf16": "engine.dtype",
-    "torch_autocast": "engine.dtype",
-    "zero_optimization.stage": "engine",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+    "torch_autocast",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}
+# Settings of DeepSpeed's that change what is computed, or would go unread here. They may be switched off.
+REFUSED = {
+    "activation_checkpointing",
+    "amp",
+    "autotuning",
+    "bfloat16",
+    "checkpoint",
+    "compile",
+    "compression_training",
+    "csv_monitor",
+    "curriculum_learning",
+    "data_efficiency",
+    "data_types",
+    "dataloader_drop_last",
+    "disable_allgather",
+    "eigenvalue",
+    "elasticity",
+    "flops_profiler",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "hybrid_engine",
+    "load_universal_checkpoint",
+    "pipeline",
+    "prescale_gradients",
+    "progressive_layer_drop",
+    "quantize_training",
+    "sparse_attention",
+    "sparse_gradients",
+    "tensor_parallel",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "wandb",
+    "weight_quantization",
+    "zero_force_ds_cpu_initialization",
 }
 
 
@@ -25,36 +80,135 @@ def deepspeed_settings(engine: Any) -> dict[str, Any] | None:
     """The DeepSpeed configuration of the `engine` group, the user's own file at `engine.deepspeed_config`
     laid over it; None where the engine needs none.
 
-    Raises ValueError where the file cannot be read, or says what a key of this project says.
+    Raises ValueError where the file cannot be read, or contradicts `engine.deepspeed`.
     """
-    path = engine.deepspeed_config
     if engine.deepspeed is None:
-        if path is not None:
-            raise ValueError(
-                f"engine.deepspeed_config={path} needs DeepSpeed: set engine=zero1, zero2 or zero3"
-            )
         return None
+    ours, given = _to_hand_on(engine.deepspeed), _to_hand_on(_read(engine.deepspeed_config))
+    return _merged(ours, given, engine.deepspeed_config)
+
+
+def check_deepspeed(config: Any) -> None:
+    """Raise ValueError for DeepSpeed settings that are unknown, that this project does not support, or that
+    contradict its own keys.
+    """
+    engine = config.engine
+    if engine.deepspeed is None:
+        if engine.deepspeed_config is not None:
+            raise ValueError(
+                f"engine.deepspeed_config={engine.deepspeed_config} needs DeepSpeed: set engine=zero1, zero2 "
+                "or zero3"
+            )
+        return
+    for where, given in (
+        ("engine.deepspeed.", engine.deepspeed),
+        (f"{engine.deepspeed_config}: ", _read(engine.deepspeed_config)),
+    ):
+        _check_names(where, given)
+        _check_stage(where, given, engine.name)
+        _check_values(where, given, _own_values(config), engine.dtype)
+    deepspeed_settings(engine)
+
+
+def _read(path: str | None) -> dict[str, Any]:
     if path is None:
-        return engine.deepspeed
+        return {}
     try:
         given = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"engine.deepspeed_config={path} cannot be read as JSON: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"engine.deepspeed_config={path} is no JSON object")
-    for key, own in OURS.items():
-        part, _, inner = key.partition(".")
-        value = (
-            given.get(part, {}).get(inner) if inner and isinstance(given.get(part), dict) else given.get(key)
+    return given
+
+
+def _check_names(where: str, given: dict[str, Any]) -> None:
+    known = sorted(TAKEN | OURS | REFUSED)
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(f"{where}{key} is no key of DeepSpeed's; {hint(key, known)}".rstrip("; "))
+        if key in REFUSED and _is_on(value):
+            raise ValueError(f"{where}{key}={json.dumps(value)} is not supported: leave it out")
+    if not isinstance(given.get("zero_optimization", {}), dict):
+        raise ValueError(
+            f"{where}zero_optimization is no mapping: give it keys of its own, for instance stage"
         )
-        if value is not None:
-            raise ValueError(
-                f"{path}: {key}={json.dumps(value)} contradicts this project's {own}: leave it out"
-            )
-    return _merged(engine.deepspeed, given, path)
 
 
-def _merged(ours: dict[str, Any], given: dict[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
+def _is_on(value: Any) -> bool:
+    return value.get("enabled", True) not in (False, AUTO) if isinstance(value, dict) else bool(value)
+
+
+def _check_stage(where: str, given: dict[str, Any], engine: str) -> None:
+    stage, own = given.get("zero_optimization", {}).get("stage", AUTO), re.match(r"zero(\d)", engine)
+    if own is not None and stage not in (AUTO, int(own[1])):
+        remedy = f"set engine=zero{stage}" if stage in (1, 2, 3) else "leave it out"
+        raise ValueError(
+            f"{where}zero_optimization.stage={json.dumps(stage)} contradicts engine={engine}: {remedy}"
+        )
+
+
+def _own_values(config: Any) -> dict[str, tuple[str, Any]]:
+    """This project's key and value for each of the settings in OURS, by DeepSpeed's dotted key; without the
+    keys that a stage does not have.
+    """
+    engine, clip = config.engine, getattr(config, "clip", None)
+    found: dict[str, tuple[str, Any]] = {
+        "train_micro_batch_size_per_gpu": ("engine.micro_batch_size", engine.micro_batch_size),
+        "gradient_accumulation_steps": ("engine.tokens_per_pass", engine.tokens_per_pass),
+        "gradient_clipping": ("clip.grad_norm", clip.grad_norm)
+        if clip
+        else ("the gradient norm's limit in sft and rm", MAX_GRAD_NORM),
+        "optimizer.type": ("the optimizer's type", "AdamW"),
+        "fp16.enabled": ("engine.dtype", False),
+        "bf16.enabled": ("engine.dtype", {"bfloat16": True, "float32": False}.get(engine.dtype)),
+        "torch_autocast.enabled": ("engine.dtype", False),
+        "zero_allow_untested_optimizer": ("what the optimizer needs", True),
+        "zero_force_ds_cpu_optimizer": ("what the optimizer needs", False),
+    }
+    if hasattr(config, "learning_rate"):
+        found["train_batch_size"] = ("batch_size", config.batch_size)
+        warmup = "warmup_updates" if clip else "warmup_ratio"
+        found["scheduler.type"] = (warmup, getattr(config, warmup))
+        found["optimizer.params.lr"] = ("learning_rate", config.learning_rate)
+        found["optimizer.params.betas"] = ("the optimizer's betas", [0.9, 0.999])
+        found["optimizer.params.eps"] = ("the optimizer's epsilon", 1e-5 if clip else 1e-8)
+        found["optimizer.params.weight_decay"] = ("weight_decay", getattr(config, "weight_decay", 0.0))
+    return found
+
+
+def _check_values(where: str, given: dict[str, Any], own: dict[str, tuple[str, Any]], dtype: str) -> None:
+    for key, value in _leaves({key: value for key, value in given.items() if key in OURS}):
+        if value == AUTO or key not in own or value == own[key][1]:
+            continue
+        name, ours = own[key]
+        ours = dtype if name == "engine.dtype" else json.dumps(ours)
+        raise ValueError(
+            f"{where}{key}={json.dumps(value)} contradicts {name}={ours}: leave it out, or change one of them"
+        )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _to_hand_on(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that keys of this project say, or that are left to them."""
+    taken = {key: value for key, value in given.items() if value != AUTO}
+    return {
+        key: _to_hand_on(value) if isinstance(value, dict) else value
+        for key, value in taken.items()
+        if key not in OURS | REFUSED
+    }
+
+
+def _merged(
+    ours: dict[str, Any], given: dict[str, Any], path: str | None, prefix: str = ""
+) -> dict[str, Any]:
     merged = dict(ours)
     for key, value in given.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):

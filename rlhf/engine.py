@@ -24,7 +24,7 @@ from rlhf.derived import unchanged_weights
 from rlhf.pass_sizes import KEPT_TOKENS, SMALL_MODEL, TOKENS_PER_PASS, pass_sizes, processor_has_bf16
 from rlhf.processes import ALONE, Processes, processes
 from rlhf.settings import WEIGHTS, zero_stage
-from rlhf.zero import Root, ShardedAdamW
+from rlhf.zero import Root, ShardedAdamW, check_accepted
 
 # So many times as long are a processor's passes that hold nothing for a backward one.
 FORWARD_ONLY = 4
@@ -169,6 +169,9 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
     else:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
     sizes = pass_sizes(settings, num_parameters, on_processor=device.type == "cpu", full_weights=full_weights)
+    deepspeed = deepspeed_settings(settings)
+    if deepspeed is not None:
+        check_accepted(deepspeed)
     return Engine(
         device,
         dtype,
@@ -177,7 +180,7 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
         sizes.kept_tokens,
         min(sizes.workers, torch.get_num_threads()),
         processes(),
-        deepspeed_settings(settings),
+        deepspeed,
     )
 
 

@@ -50,6 +50,7 @@ class Engine:
     deepspeed_config: str | None
 
 
+MAX_GRAD_NORM = 1.0  # of sft and rm
 WEIGHTS = 3  # the stage of ZeRO that shares out weights
 
 

@@ -22,10 +22,9 @@ from rlhf.models.adapters import POLICY, merged_copy, trainable_parameters, uses
 from rlhf.models.sharded import root_of, unsharded, whole_weights
 from rlhf.parents import Parent, origin
 from rlhf.processes import by_main
+from rlhf.settings import MAX_GRAD_NORM
 from rlhf.sources import is_path_like
 from rlhf.zero import ShardedAdamW
-
-MAX_GRAD_NORM = 1.0
 
 
 def trainer_arguments(config: Any, folder: StageFolder, engine: Engine, num_rows: int) -> dict[str, Any]:

@@ -284,6 +284,7 @@ def _check_number(key: str, value: float) -> None:
         (not {key, last} & FRACTIONS or 0 <= value <= 1, "a number from 0 to 1"),
         (value >= 0 or key in ANY_SIGN, "a number that is not negative"),
         (value < BELOW.get(last, math.inf), f"a number below {BELOW.get(last)}"),
+        (key != "main_port" or value < 2**16, f"a port from 1 to {2**16 - 1}"),
         (key != "seed" or value < 2**32, f"at most {2**32 - 1}"),
         (key != "calibration_prompts" or value >= 2, "at least 2"),
     )

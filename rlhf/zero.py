@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rlhf.processes import Processes
 from rlhf.settings import WEIGHTS, zero_stage
+from rlhf.validation import hint
 
 T = TypeVar("T")
 
@@ -217,6 +218,24 @@ def share_out(root: Root, settings: dict[str, Any]) -> None:
     zero = load_deepspeed().zero
     with local_rank():
         zero.Init(module=root, config_dict_or_path=_whole_configuration(settings, kind), dtype=kind)
+
+
+def check_accepted(settings: dict[str, Any]) -> None:
+    """Raise ValueError, in one line, for a setting of zero_optimization that DeepSpeed does not take."""
+    load_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**settings["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        guess = hint(key, DeepSpeedZeroConfig.model_fields) if first["type"] == "extra_forbidden" else ""
+        raise ValueError(
+            f"zero_optimization.{key}={first['input']} in engine.deepspeed or engine.deepspeed_config: "
+            f"DeepSpeed says {first['msg']}; {guess}".rstrip("; ")
+        ) from None
 
 
 def _whole_configuration(settings: dict[str, Any], kind: torch.dtype) -> dict[str, Any]:

@@ -190,6 +190,8 @@ def test_a_saved_configuration_reloads_equal(stage: str, tmp_path: Path) -> None
 
 
 MISTAKES = [
+    ("ppo", ["main_port=99999"], "main_port=99999: a port from 1 to 65535 is expected"),
+    ("ppo", ["main_port=0"], "main_port=0: a number that is at least 1 is expected"),
     ("sft", ["lerning_rate=1"], "lerning_rate is not a key of stage sft; did you mean learning_rate?"),
     ("ppo", ["coef=1"], "did you mean kl.coef?"),
     ("ppo", ["kl.coeff=1"], "did you mean kl.coef?"),

@@ -388,12 +388,13 @@ def test_machines_that_have_the_same_rank_find_it_at_once() -> None:
 
 @pytest.mark.slow
 def test_a_port_in_use_is_named_where_another_launcher_chose_it() -> None:
-    first, second = meeting((0, 2), (0, 2))
-    ended = second if wait_for(lambda: second.poll() or first.poll()) and second.poll() else first
-    said = ended.communicate()[1]
-    for process in (first, second):
+    both = meeting((0, 2), (0, 2))
+    ended = wait_for(lambda: next((each for each in both if each.poll() is not None), None))
+    assert ended.stderr is not None
+    said = ended.stderr.read()
+    for process in both:
         process.kill()
-        process.communicate()
+        process.wait()
     assert "of this machine is in use: end what uses it, or set main_port= (with another" in said
 
 

@@ -15,6 +15,7 @@ from rlhf.config import load_config
 from rlhf.deepspeed_config import deepspeed_settings
 from rlhf.models.sharded import own_part
 from rlhf.processes import Processes
+from rlhf.zero import check_accepted
 from tests.stage_runs import first_of_two_says, read_lines, run_stage, run_until, same_results
 from tests.test_processes import close, copy_of, has_the_numbers_of, words_of
 
@@ -197,38 +198,109 @@ def test_each_process_holds_half_and_all_make_the_steps_of_torch(engine: str, la
         torch.testing.assert_close(torch.tensor(mine), theirs, rtol=1e-4, atol=1e-7)
 
 
+def read_own(path: Path, *words: str, stage: str = "ppo", **given: Any) -> Any:
+    """The DeepSpeed settings of a stage with a file of the user's own."""
+    path.write_text(json.dumps(given))
+    config = load_config(stage, ["engine=zero2", f"engine.deepspeed_config={path}", *words])
+    return deepspeed_settings(config.engine)
+
+
 def test_a_users_own_configuration_is_laid_over_ours(tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-
-    def read(**given: Any) -> Any:
-        path.write_text(json.dumps(given))
-        config = load_config("ppo", ["engine=zero2", f"engine.deepspeed_config={path}"])
-        return deepspeed_settings(config.engine)
-
-    assert read(zero_optimization={"reduce_bucket_size": 1000}, steps_per_print=7) == {
+    own: dict[str, Any] = {"zero_optimization": {"reduce_bucket_size": 1000}, "steps_per_print": 7}
+    assert read_own(tmp_path / "mine.json", **own) == {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
         "steps_per_print": 7,
     }
-    for given, message in (
-        ({"gradient_clipping": 0.5}, r"gradient_clipping=0.5 contradicts this project's clip.grad_norm"),
-        ({"zero_optimization": {"stage": 1}}, r"zero_optimization.stage=1 contradicts this project's engine"),
-        ({"bf16": {"enabled": True}}, r'bf16=\{"enabled": true\} contradicts this project\'s engine.dtype'),
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo", "evaluate"])
+def test_a_file_may_say_what_our_keys_say_or_leave_it_to_them(tmp_path: Path, stage: str) -> None:
+    same = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 1.0 if stage != "ppo" else "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999]}},
+        "fp16": {"enabled": False, "loss_scale": 0},
+        "bf16": {"enabled": True},
+        "prescale_gradients": False,
+        "amp": {"enabled": False},
+    }
+    words = ("engine.micro_batch_size=4", "engine.dtype=bfloat16")
+    assert read_own(tmp_path / "mine.json", *words, stage=stage, **same) == {
+        "zero_optimization": {"stage": 2}
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"gradient_clipping": 0.5},
+            r"gradient_clipping=0.5 contradicts clip.grad_norm=1.0: leave it out, or",
+        ),
+        ({"train_batch_size": 7}, r"train_batch_size=7 contradicts batch_size=\d+"),
+        ({"optimizer": {"params": {"lr": 3.0}}}, r"optimizer.params.lr=3.0 contradicts learning_rate=\d"),
+        ({"scheduler": {"type": "WarmupLR"}}, r'scheduler.type="WarmupLR" contradicts warmup_updates=\d'),
+        ({"bf16": {"enabled": True}}, r"bf16.enabled=true contradicts engine.dtype=auto"),
+        ({"fp16": {"enabled": True}}, r"fp16.enabled=true contradicts engine.dtype=auto"),
+        (
+            {"zero_optimization": {"stage": 1}},
+            r"zero_optimization.stage=1 contradicts engine=zero2: set engine=zero1",
+        ),
+        (
+            {"zero_optimization": {"stage": 9}},
+            r"zero_optimization.stage=9 contradicts engine=zero2: leave it out",
+        ),
+        ({"zero_optimization": 2}, r"zero_optimization is no mapping"),
+        (
+            {"zero_optimisation": {}},
+            r"zero_optimisation is no key of DeepSpeed's; did you mean zero_optimization\?",
+        ),
+        ({"steps_per_prnt": 1}, r"steps_per_prnt is no key of DeepSpeed's; did you mean steps_per_print\?"),
+        ({"prescale_gradients": True}, r"prescale_gradients=true is not supported: leave it out"),
+        ({"amp": {"enabled": True}}, r'amp=\{"enabled": true\} is not supported: leave it out'),
+        ({"elasticity": {"enabled": True}}, r"elasticity=.* is not supported: leave it out"),
+    ],
+)
+def test_what_a_file_may_not_say_is_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"mine\.json: " + message):
+        read_own(tmp_path / "mine.json", **given)
+
+
+def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    offload: dict[str, Any] = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
+    with pytest.raises(
+        ValueError,
+        match=r'device="nvme" contradicts engine.deepspeed.zero_optimization.offload_optimizer.device="cpu"',
     ):
-        with pytest.raises(ValueError, match=r"mine\.json: " + message):
-            read(**given)
-    path.write_text("{")
-    config = load_config("ppo", ["engine=zero2_offload", f"engine.deepspeed_config={path}"])
-    with pytest.raises(ValueError, match=r"engine.deepspeed_config=.*mine.json cannot be read as JSON"):
-        deepspeed_settings(config.engine)
-    path.write_text('{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}')
-    contradicts = (
-        r'device="nvme" contradicts engine.deepspeed.zero_optimization.offload_optimizer.device="cpu"'
-    )
-    with pytest.raises(ValueError, match=contradicts):
-        deepspeed_settings(config.engine)
-    config = load_config("ppo", [f"engine.deepspeed_config={path}"])
+        read_own(path, "engine=zero2_offload", **offload)
     with pytest.raises(ValueError, match=r"needs DeepSpeed: set engine=zero1, zero2 or zero3"):
-        deepspeed_settings(config.engine)
+        read_own(path, "engine=single")
+    for text, message in (("{", r"mine.json cannot be read as JSON"), ("[]", r"mine.json is no JSON object")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_config("ppo", ["engine=zero2", f"engine.deepspeed_config={path}"])
+
+
+def test_keys_given_by_words_are_checked_as_those_of_a_file() -> None:
+    with pytest.raises(
+        ValueError, match=r"zero_optimization.stage=3 contradicts engine=zero2: set engine=zero3"
+    ):
+        load_config("ppo", ["engine=zero2", "engine.deepspeed.zero_optimization.stage=3"])
+    with pytest.raises(ValueError, match=r"engine.deepspeed.amp=true is not supported"):
+        load_config("ppo", ["engine=zero2", "engine.deepspeed.amp=true"])
+
+
+def test_what_deepspeed_itself_refuses_is_said_in_one_line() -> None:
+    with pytest.raises(
+        ValueError, match=r"^zero_optimization.reduce_buket_size=1 in engine.deepspeed"
+    ) as found:
+        check_accepted({"zero_optimization": {"stage": 2, "reduce_buket_size": 1}})
+    assert "did you mean reduce_bucket_size?" in str(found.value) and "\n" not in str(found.value)
+    with pytest.raises(ValueError, match=r"zero_optimization.reduce_bucket_size=many .* DeepSpeed says"):
+        check_accepted({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}})
 
 
 def test_a_critic_on_the_policys_trunk_is_refused_before_anything_is_loaded() -> None:
