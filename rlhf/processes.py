@@ -35,6 +35,8 @@ PATIENCE = datetime.timedelta(hours=6)
 PATIENCE_AT_START = datetime.timedelta(minutes=10)
 SECONDS_IN_SILENCE = 5.0  # of waiting at the start, before it is said
 
+MOST_SAID = 5  # differences between two processes that an error names
+
 # Numbers that travel between processes at a time.
 BUCKET = 1 << 24
 
@@ -103,14 +105,23 @@ class Processes:
         return found
 
     def check_same(self, value: Any, what: str) -> None:
-        """Raise ValueError where the processes hold different values."""
+        """Raise ValueError where the processes hold other values; of mappings, with the keys that differ."""
         values = self.all_of(value)
         differing = [rank for rank, each in enumerate(values) if each != values[0]]
         if differing:
+            other = differing[0]
+            how = f" ({_differences(values[0], values[other])})" if isinstance(value, dict) else ""
             raise ValueError(
-                f"process {differing[0]} does not have the {what} of process 0: give every machine the same "
+                f"process {other} does not have the {what} of process 0{how}: give every machine the same "
                 "command, code, libraries and files"
             )
+
+
+def _differences(first: dict[str, Any], other: dict[str, Any]) -> str:
+    """The keys of two mappings whose values differ, with both, MOST_SAID of them."""
+    keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+    said = [f"{key}={other.get(key)} instead of {first.get(key)}" for key in keys[:MOST_SAID]]
+    return ", ".join([*said, *([f"{len(keys) - MOST_SAID} more"] if len(keys) > MOST_SAID else [])])
 
 
 ALONE = Processes()

@@ -47,7 +47,8 @@ class Stage:
         self.state: Path | None = None
         self._resolved = resolved_yaml(config)
         command = shlex.join(["./launch.sh", f"stage={stage}", *without_run_mode(overrides)])
-        processes().check_same((settings_that_count(self._resolved), library_versions()), "configuration")
+        processes().check_same(settings_that_count(self._resolved), "configuration")
+        processes().check_same(library_versions(), "library versions")
         self.facts: dict[str, Any] = {"command": os.environ.get(COMMAND_VARIABLE, command)}
         make_inputs(config)
 

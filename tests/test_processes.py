@@ -270,7 +270,10 @@ def test_machines_that_disagree_are_found_at_the_start(tiny_run: Path, tmp_path:
     words = two_machines_of(run)
     ended = on_machines(*(command("ppo", *words, f"machine_rank={i}", f"seed={i}") for i in range(2)))
     assert [status for status, _ in ended] == [2, 2]
-    assert "error: process 1 does not have the configuration of process 0" in ended[0][1]
+    expected = (
+        "error: process 1 does not have the configuration of process 0 (seed=1 instead of 0): give every"
+    )
+    assert expected in ended[0][1]
     assert not (run / "ppo").exists()
 
 
@@ -343,6 +346,19 @@ def test_shares_are_put_together_in_order() -> None:
     shares = [Processes(rank, 3).share(items) for rank in range(3)]
     assert sorted(item for share in shares for item in share) == items
     assert ALONE.gathered([1, 2], 2) == [1, 2] and ALONE.all_of("x") == ["x"]
+
+
+def test_an_error_names_what_differs_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = {"seed": 0, "kl.coef": 0.1, "name": "x"}, {"seed": 1, "name": "x", "epochs": 2}
+    monkeypatch.setattr(Processes, "all_of", lambda self, mine: [first, mine])
+    found = (
+        r"process 1 does not have the configuration of process 0 \(seed=1 instead of 0, kl.coef=None instead "
+    )
+    with pytest.raises(ValueError, match=found + r"of 0.1, epochs=2 instead of None\): give every machine"):
+        Processes(1, 2).check_same(other, "configuration")
+    many = {str(key): key for key in range(7)}
+    with pytest.raises(ValueError, match=r"1=1 instead of None, 5 more\)"):
+        Processes(1, 2).check_same({**first, **many, "seed": 1, "kl.coef": 2.0, "name": "y"}, "configuration")
 
 
 def test_alone_the_first_process_does_it_itself() -> None:
