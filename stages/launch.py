@@ -157,8 +157,8 @@ def _ending(children: list[subprocess.Popen[bytes]], first: int, count: int) -> 
     if status < 0 or status not in (0, 2, 130):
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         print(
-            f"error: process {first + local} of {count} {how}; the others were ended too. The last "
-            "checkpoint is good: resume=true goes on from there",
+            f"error: process {first + local} of {count} {how}; the others were ended too. What was "
+            "saved before is good: resume=true goes on from there",
             file=sys.stderr,
         )
     return status if status >= 0 else 128 - status
