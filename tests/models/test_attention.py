@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rlhf.models.attention import BLOCK, NARROW, plain_attention
+from rlhf.models.attention import BLOCK, NARROW, Heads, Wanted, plain_attention, turn, turned_attention
 
 SIZES = [  # B, H, K, Q, T, D
     (3, 4, 4, 5, 5, 16),
@@ -94,3 +94,50 @@ def test_padding_stays_finite_where_autocast_rounds(size: tuple[int, ...]) -> No
         rounded, _ = plain_attention(torch.nn.Module(), *inputs(size), mask)
     assert rounded.dtype == torch.bfloat16 and rounded.isfinite().all()
     torch.testing.assert_close(rounded.float()[:, -4:], exact[:, -4:], atol=0.03, rtol=0.03)
+
+
+def tables_of(length: int, heads: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (L, heads * D) of positions."""
+    frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    cosines, sines = angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1)
+    return cosines.repeat(1, heads), sines.repeat(1, heads)
+
+
+def test_turned_is_as_complex_numbers_are_turned_and_back() -> None:
+    x = torch.randn(5, 3 * 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tables = tables_of(5, 3, 8)
+    found = turn(x, *tables, 8)
+    halves = x.view(5, 3, 2, 4)
+    angles = torch.complex(tables[0].view(5, 3, 2, 4)[:, :, 1], tables[1].view(5, 3, 2, 4)[:, :, 1])
+    expected = torch.complex(halves[:, :, 0], halves[:, :, 1]) * angles
+    torch.testing.assert_close(found.view(5, 3, 2, 4)[:, :, 0], expected.real)
+    torch.testing.assert_close(found.view(5, 3, 2, 4)[:, :, 1], expected.imag)
+    torch.testing.assert_close(turn(found, *tables, 8, back=True), x)
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize(("width", "length"), [(8, 2 * BLOCK + 7), (NARROW, BLOCK + 1), (4, 5)])
+def test_turned_attention_is_that_of_turned_heads(width: int, length: int, some: bool) -> None:
+    heads, rows = Heads(6, 2, width, 0.4), 3
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(rows, length, 10 * width, generator=generator, dtype=torch.float64).requires_grad_()
+    places = (torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([0, 2, length - 1, length - 2, 1, 3]))
+    tables, query_tables = tables_of(length, 8, width), tables_of(length, 6, width)
+
+    turned = turn(x[..., : 8 * width], *tables, width).unflatten(-1, (8, width)).transpose(1, 2)
+    value = x[..., 8 * width :].unflatten(-1, (2, width)).transpose(1, 2)
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    expected = fused(turned[:, :6], turned[:, 6:], value, mask, heads.scale).flatten(2)
+    if some:
+        key_tables = tables_of(length, 2, width)
+        its = (query_tables[0][places[1]], query_tables[1][places[1]])
+        queries = (x[..., : 6 * width][places], its, Wanted(*places, x.shape[:2]))
+        found, expected = turned_attention(x[..., 6 * width :], key_tables, heads, queries), expected[places]
+    else:
+        found = turned_attention(x, tables, heads)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    weight = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    one, other = (torch.autograd.grad(each, x, weight)[0] for each in (found, expected))
+    assert other.norm() > 1
+    torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
