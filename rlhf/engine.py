@@ -44,6 +44,7 @@ class Engine:
     workers: int = 1
     processes: Processes = ALONE
     deepspeed: dict[str, Any] | None = None
+    evens_out: bool = True  # pieces, whose make-up then follows the number of workers and processes
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -62,7 +63,8 @@ class Engine:
 
         A piece has at most `micro_batch_size` rows and, unless it is one row, no more tokens than
         `tokens_per_pass` with its padding. Rows of like length go together, so little padding is computed.
-        Where several workers or processes share them they are evened out, if the limits allow.
+        Where several workers or processes share them they are evened out, if the limits allow and the engine
+        does so.
 
         Policy and reference take pieces as short as learning does, though they could hold longer ones: a
         product of more rows rounds differently, and in bfloat16 the first minibatch's ratio would no longer
@@ -74,7 +76,7 @@ class Engine:
             if pieces[-1] and not self._fits([*pieces[-1], row], lengths):
                 pieces.append([])
             pieces[-1].append(row)
-        if self.shares > 1 and len(order) > 1:
+        if self.evens_out and self.shares > 1 and len(order) > 1:
             pieces = self._evened(order, lengths, -(-len(pieces) // self.shares) * self.shares) or pieces
         return [torch.tensor(piece, dtype=torch.long) for piece in pieces]
 

@@ -1,7 +1,8 @@
 """What a stage will need, from a model's config.json alone: parameters, memory and tokens to process.
 
-Letters: P longest prompt, R longest response, L = P + R tokens. Everything is an upper bound of the order of
-magnitude: sequences are counted at full length, memory without the libraries' own (about 0.5 GiB).
+Letters: P longest prompt, R longest response, L = P + R tokens. Sequences are counted at full length, so work
+is an upper bound. Memory is no bound: the libraries' own, what processes exchange, and a model while it is
+read in or written are not counted; docs/engines.md compares it with what was held.
 """
 
 import json
@@ -135,7 +136,7 @@ def estimate(stage: str, config: Any) -> list[str]:
     trained = _trained_parameters(stage, config, shape)
     lines = [f"model     {_count(shape.parameters)} parameters, {_count(trained)} trained by this stage"]
     parts = _memory(stage, config, shape)
-    together = f"{sum(parts.values()) / 2**30:.2f} GiB"
+    together = f"{sum(parts.values()) / 2**30:.2f} GiB, and what the libraries take"
     lines.append(
         f"memory    about {together}: " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in parts.items())
     )

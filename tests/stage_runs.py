@@ -24,7 +24,7 @@ OWN = {
     "rm": ("epochs=2", "log_steps=2", "save_steps=4", "calibration_prompts=32"),
     # warm-up: with the default one a draw of update 5 is so near between two tokens that rounding decides
     "ppo": ("updates=6", "batch_size=24", "save_every=2", "warmup_updates=1"),
-    "evaluate": ("num_prompts=16", "bootstrap=200", "num_samples=3"),
+    "evaluate": ("num_prompts=16", "batch_size=6", "bootstrap=200", "num_samples=3"),
 }
 SMALL = {stage: (*COMMON, *words) for stage, words in OWN.items()}
 

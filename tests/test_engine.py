@@ -5,11 +5,13 @@ import platform
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rlhf.engine import Engine
+from rlhf.processes import Processes
 
 
 def engine(rows_at_most: int | None, tokens: int, workers: int) -> Engine:
@@ -90,6 +92,16 @@ def test_threads_take_memory_from_one_place_where_nothing_else_is_asked_for(
         [sys.executable, "-c", NUM_ARENAS], env=environment, capture_output=True, text=True, check=True
     )
     assert (int(found.stdout.split()[-1]) > 0) == more
+
+
+def test_pieces_that_are_not_evened_out_are_the_same_for_any_number_of_workers_and_processes() -> None:
+    def pieces(workers: int, count: int) -> list[list[int]]:
+        some = Engine(torch.device("cpu"), torch.float32, None, 512, workers=workers)
+        some = replace(some, processes=Processes(0, count), evens_out=False)
+        return [piece.tolist() for piece in some.micro_batches([80] * 32)]
+
+    assert pieces(1, 1) == pieces(2, 1) == pieces(1, 3)
+    assert [len(piece) for piece in pieces(2, 3)] == [6, 6, 6, 6, 6, 2]
 
 
 def test_every_worker_gets_as_much_as_the_others() -> None:

@@ -1,5 +1,6 @@
 """Several processes: the numbers of one, one voice, one end."""
 
+import json
 import math
 import os
 import shutil
@@ -116,9 +117,11 @@ def test_samples_and_their_evaluation_are_those_of_one_process(tiny_run: Path, t
         tiny_run / "collect" / "ranked.jsonl"
     ).read_bytes()
     ours, theirs = (
-        (folder / "evaluate" / "report.md").read_text().split("## How")[0] for folder in (run, tiny_run)
+        json.loads((each / "evaluate" / "report.json").read_text().replace(str(each), ""))
+        for each in (run, tiny_run)
     )
-    assert ours.replace(str(run), "") == theirs.replace(str(tiny_run), "")
+    for figures in ("systems", "win_rates", "differences", "verdict"):
+        assert ours[figures] == theirs[figures], "to the last digit"
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 90.0) -> Any:

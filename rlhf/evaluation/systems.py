@@ -18,6 +18,7 @@ import torch
 from rlhf.batches import Rollout, join, left_pad
 from rlhf.files import write_text
 from rlhf.models.forward import response_logprobs
+from rlhf.processes import ALONE
 from rlhf.records import PromptRecord
 from rlhf.rewards import checked_scores
 from rlhf.sampling.policy import Policy
@@ -74,21 +75,35 @@ def generate(  # noqa: PLR0913 (a system with its policy, what it answers, and h
     seed: int,
     bar: Any,
 ) -> list[Generation]:
-    """One response of a system to each prompt; with `best_of` the one that the proxy scores highest."""
+    """One response of a system to each prompt; with `best_of` the one that the proxy scores highest.
+
+    A process samples whole batches, so that the numbers are the same, to the last digit, for any number of
+    processes.
+    """
     assert system.best_of == 1 or proxy is not None, system
-    chosen: list[Generation] = []
+    processes, by_itself = policy.engine.processes, replace(policy.engine, processes=ALONE)
+    own = replace(policy, engine=by_itself)
     per_batch = max(1, batch_size // system.best_of)
-    for start in range(0, len(records), per_batch):
+    starts = range(0, len(records), per_batch)
+
+    def sampled(start: int) -> list[Generation]:
         batch = records[start : start + per_batch]
         prompts = [record.prompt for record in batch for _ in range(system.best_of)]
-        rollout = policy.respond(prompts, system.decoding, seed=seed * 1_000_003 + start)
-        found = _generations(prompts, rollout, policy)
+        found = _generations(
+            prompts, own.respond(prompts, system.decoding, seed=seed * 1_000_003 + start), own
+        )
+        bar.update(len(batch))
+        return found
+
+    mine = [sampled(start) for start in processes.share(starts)]
+    bar.update(len(records) - sum(len(found) for found in mine) // system.best_of)
+    chosen: list[Generation] = []
+    for found in processes.gathered(mine, len(starts)):
         if system.best_of > 1:
             scores = checked_scores(proxy, [g.prompt for g in found], [g.response for g in found])
             best = scores.view(-1, system.best_of).argmax(1)
             found = [found[i * system.best_of + int(b)] for i, b in enumerate(best)]
         chosen += found
-        bar.update(len(found))
     return chosen
 
 

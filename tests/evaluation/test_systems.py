@@ -1,5 +1,6 @@
 """Systems: how they are named, sampled, chosen from, and measured against a reference."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlhf.evaluation.systems import (
 )
 from rlhf.metrics import progress
 from rlhf.models.loading import LoadOptions, load_causal_lm, load_tokenizer
+from rlhf.processes import Processes
 from rlhf.records import PromptRecord
 from rlhf.sampling.policy import Policy
 from rlhf.sampling.sampler import Decoding
@@ -46,6 +48,34 @@ def sampled(
     options = {"proxy": None, "batch_size": 8, "seed": 1} | more
     bar = progress(len(PROMPTS))
     return generate(System("s", "path", decoding, best_of), policy, PROMPTS, bar=bar, **options)
+
+
+def test_processes_share_out_whole_batches(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sampled(policy, batch_size=2)
+    asked: list[int] = []
+    monkeypatch.setattr(Policy, "respond", counting(asked, Policy.respond))
+    parts: list[Any] = []
+
+    def gathered(_: Processes, mine: Any, total: int) -> Any:
+        parts.append((mine, total))
+        return mine
+
+    monkeypatch.setattr(Processes, "gathered", gathered)
+    for rank in range(2):
+        sampled(replace(policy, engine=replace(policy.engine, processes=Processes(rank, 2))), batch_size=2)
+    assert asked == [2, 1, 2]
+    (first, total), (second, _) = parts
+    assert total == 3 and [*first[0], *second[0], *first[1]] == whole
+
+
+def counting(asked: list[int], respond: Any) -> Any:
+    """`respond`, which notes the number of its prompts."""
+
+    def wrapped(self: Policy, prompts: Any, *arguments: Any, **more: Any) -> Any:
+        asked.append(len(prompts))
+        return respond(self, prompts, *arguments, **more)
+
+    return wrapped
 
 
 def test_systems_are_paths_or_mappings_on_top_of_the_common_decoding() -> None:
