@@ -156,9 +156,7 @@ def _own_values(config: Any) -> dict[str, tuple[str, Any]]:
     found: dict[str, tuple[str, Any]] = {
         "train_micro_batch_size_per_gpu": ("engine.micro_batch_size", engine.micro_batch_size),
         "gradient_accumulation_steps": ("engine.tokens_per_pass", engine.tokens_per_pass),
-        "gradient_clipping": ("clip.grad_norm", clip.grad_norm)
-        if clip
-        else ("the gradient norm's limit in sft and rm", MAX_GRAD_NORM),
+        "gradient_clipping": ("the gradient norm's limit in sft and rm", MAX_GRAD_NORM),
         "optimizer.type": ("the optimizer's type", "AdamW"),
         "fp16.enabled": ("engine.dtype", False),
         "bf16.enabled": ("engine.dtype", {"bfloat16": True, "float32": False}.get(engine.dtype)),
@@ -166,6 +164,8 @@ def _own_values(config: Any) -> dict[str, tuple[str, Any]]:
         "zero_allow_untested_optimizer": ("what the optimizer needs", True),
         "zero_force_ds_cpu_optimizer": ("what the optimizer needs", False),
     }
+    if clip is not None:
+        found["gradient_clipping"] = ("clip.grad_norm", clip.grad_norm)
     if hasattr(config, "learning_rate"):
         found["train_batch_size"] = ("batch_size", config.batch_size)
         warmup = "warmup_updates" if clip else "warmup_ratio"
