@@ -51,6 +51,10 @@ def main(words: list[str]) -> int:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
+        if os.environ.get(RANK, "0") != "0":
+            time.sleep(
+                SECONDS_TO_SPEAK
+            )  # the first process says it, before the launcher ends it for this one's end
         print(f"\ninterrupted; to go on: {resume_command(words)}", file=sys.stderr)
         return 130
 
