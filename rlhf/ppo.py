@@ -216,8 +216,8 @@ class Learner:
         """
         trained = [own_part(parameter) for part in self.trained for parameter in part]
         if not bool(nn.utils.get_total_norm(trained).isfinite()):
-            named = ((name, own_part(each)) for name, each in self.models.named_parameters())
-            name = next((name for name, each in named if not bool(each.norm().isfinite())), "a weight")
+            weights = ((name, each) for name, each in self.models.named_parameters() if each.requires_grad)
+            name = next((n for n, each in weights if not own_part(each).norm().isfinite()), "a weight")
             raise ValueError(
                 f"{name} is not finite, or too large, after update {self.step}: it is not saved. Lower "
                 "learning_rate or clip.grad_norm"

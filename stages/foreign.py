@@ -50,10 +50,10 @@ def taken_over(words: list[str]) -> list[str]:
 
 
 def _number(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, default)
+    text = os.environ.get(name, "" if default is None else str(default))
     try:
-        return int(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        return int(text)
+    except ValueError:
         raise ValueError(
             f"{name}={text}: the launcher that sets WORLD_SIZE gives a whole number; else use ./launch.sh"
         ) from None

@@ -55,8 +55,8 @@ def test_one_process_and_our_own_stay_as_they_are(monkeypatch: pytest.MonkeyPatc
     ("variable", "message"),
     [
         ("MASTER_ADDR", "WORLD_SIZE=2, but MASTER_ADDR is not set"),
-        ("MASTER_PORT", "MASTER_PORT=None: the launcher"),
-        ("RANK", "RANK=None: the launcher"),
+        ("MASTER_PORT", "MASTER_PORT=: the launcher"),
+        ("RANK", "RANK=: the launcher"),
     ],
 )
 def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, message: str) -> None:

@@ -400,6 +400,8 @@ def test_weights_that_the_last_step_blew_up_are_named_and_stop_the_run(folder: P
     config = settings(folder, learning_rate=rate, epochs=1, warmup_updates=0, updates=1)
     roles = roles_of(config)
     learner = Learner(roles.actor_critic, roles.engine, config)
+    packed = torch.zeros(2, dtype=torch.uint8)  # as frozen weights in 4 bits are
+    roles.actor_critic.register_parameter("packed", torch.nn.Parameter(packed, requires_grad=False))
     with pytest.raises(ValueError, match=r"^policy\..* is not finite, or too large, after update 1: "):
         learner.update(experience_of(roles, config), step=1)
 

@@ -7,8 +7,7 @@ ten passes over memory for a norm. The sums are the same. B sequences, L tokens,
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaModel, MistralModel, Qwen2Model, Qwen3Model
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf.derived import derived
 from rlhf.models import attention
 from rlhf.models.attention import Heads, Tables, Wanted, split_values, turn, turned_attention
 from rlhf.models.lora import parts_of, type_of_products
-from rlhf.models.products import GATE, Parts, RmsNorm, Whole, join, joined, layers_of, products, tensors_of
-
-# Makes the function x (..., I) -> (..., O) of a weight (O, I) and a bias (O,).
-Prepare = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
+from rlhf.models.products import GATE, Parts, RmsNorm, Whole, join, layers_of, products, tensors_of
 
 MODELS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 NUM_MATRICES = 7  # of a layer
@@ -43,7 +38,10 @@ def hidden_states(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> 
     if layers is None:
         return None
     x = model.embed_tokens(tokens).to(type_of_products(model.embed_tokens.weight))
-    rotations = derived(lambda: _rotations(model, x), [model.rotary_emb.inv_freq], length, x.dtype)
+    positions = torch.arange(length, device=x.device).unsqueeze(0)
+    rotations = derived(
+        lambda: rotations_of(model, x, positions), [model.rotary_emb.inv_freq], length, x.dtype
+    )
     wanted = Wanted(rows, columns, tokens.shape) if model.config._attn_implementation in MASKED else None
     for index, (layer, parts) in enumerate(zip(model.layers, layers, strict=True)):
         step = functools.partial(_next, layer=layer, parts=parts, rotations=rotations)
@@ -53,57 +51,51 @@ def hidden_states(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> 
             x = checkpoint(step, x, use_reentrant=False)
         else:
             x = step(x)
-    return _norm(model.norm, x[rows, columns] if wanted is None else x)
+    return norm_of(model.norm, x[rows, columns] if wanted is None else x)
 
 
-class _Rotations(NamedTuple):
-    """What positions (L or N) multiply queries and keys with, beside one another, to turn them. Su et al.
+class Rotations(NamedTuple):
+    """What positions multiply queries and keys with, beside one another, to turn them. Su et al.
     2021, https://arxiv.org/abs/2104.09864
     """
 
-    cosines: Tensor  # (L, heads * D)
+    cosines: Tensor  # (B, L, heads * D)
     sines: Tensor
     num_queries: int
     num_keys: int
 
-    @classmethod
-    def of(cls, cosines: Tensor, sines: Tensor, num_queries: int, num_keys: int) -> _Rotations:
-        """From cosines and sines (L, D), each of two equal halves."""
-        half = cosines.shape[1] // 2
-        signed = torch.cat([-sines[:, :half], sines[:, half:]], dim=1)
-        wide = [each.repeat(1, num_queries + num_keys) for each in (cosines, signed)]
-        return cls(wide[0], wide[1], num_queries, num_keys)
-
     def part(self, start: int, stop: int, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The tables of some heads, at all positions or at N columns."""
-        width = self.cosines.shape[1] // (self.num_queries + self.num_keys)
-        tables = [each[:, start * width : stop * width] for each in self[:2]]
-        tables = tables if columns is None else [each[columns] for each in tables]
+        width = self.cosines.shape[-1] // (self.num_queries + self.num_keys)
+        tables = [each[..., start * width : stop * width] for each in self[:2]]
+        tables = tables if columns is None else [each[0, columns] for each in tables]
         return tables[0], tables[1]
 
 
-def _rotations(model: Any, x: Tensor) -> _Rotations:
-    """Of all positions of x (B, L, H)."""
-    cosines, sines = model.rotary_emb(x, torch.arange(x.shape[1], device=x.device).unsqueeze(0))
-    config = model.config
-    return _Rotations.of(cosines[0], sines[0], config.num_attention_heads, config.num_key_value_heads)
+def rotations_of(model: Any, x: Tensor, positions: Tensor) -> Rotations:
+    """Tables (B, L, heads * D) for x (B, L, H), in its number type, at positions (B, L)."""
+    (cosines, sines), config = model.rotary_emb(x, positions), model.config
+    half, counts = cosines.shape[-1] // 2, (config.num_attention_heads, config.num_key_value_heads)
+    signed = torch.cat([-sines[..., :half], sines[..., half:]], dim=-1)
+    wide = [torch.cat([each] * sum(counts), dim=-1) for each in (cosines, signed)]
+    return Rotations(wide[0], wide[1], *counts)
 
 
 def _next(
-    x: Tensor, layer: Any, parts: list[Parts], rotations: _Rotations, wanted: Wanted | None = None
+    x: Tensor, layer: Any, parts: list[Parts], rotations: Rotations, wanted: Wanted | None = None
 ) -> Tensor:
     """The hidden states (B, L, H) after a layer, from those before it; (N, H) where some alone are wanted."""
     own, (query, key, value), norm = layer.self_attn, parts[:3], layer.input_layernorm
     num_queries, num_keys = rotations.num_queries, rotations.num_keys
     first, start = ([query, key, value], 0) if wanted is None else ([key, value], num_queries)
-    heads = _heads(own, products(*_normed(norm, x), first), num_queries - start, num_keys)
+    heads = heads_of(own, products(*_normed(norm, x), first), num_queries - start, num_keys)
     sizes = Heads(num_queries, num_keys, own.head_dim, own.scaling)
     tables = rotations.part(start, num_queries + num_keys)
     states, queries = x, None
     if wanted is not None:
         states = x[wanted.index]
         its_tables = rotations.part(0, num_queries, wanted.index[1])
-        queries = _heads(own, products(*_normed(norm, states), [query]), num_queries, 0), its_tables, wanted
+        queries = heads_of(own, products(*_normed(norm, states), [query]), num_queries, 0), its_tables, wanted
     if own.config._attn_implementation == attention.NAME and x.shape[1] <= attention.MAX_KEYS:
         found = turned_attention(heads, tables, sizes, queries)
     else:
@@ -182,7 +174,7 @@ def _after_attention(tensors: Sequence[Tensor], scalings: Sequence[float]) -> tu
     return layers[:1], layers[1:3], layers[3:]
 
 
-def _heads(own: Any, x: Tensor, num_queries: int, num_keys: int) -> Tensor:
+def heads_of(own: Any, x: Tensor, num_queries: int, num_keys: int) -> Tensor:
     """Products (..., heads * D) with the matrices of heads: queries and keys, normed where the family does
     so, and what follows them.
     """
@@ -190,7 +182,7 @@ def _heads(own: Any, x: Tensor, num_queries: int, num_keys: int) -> Tensor:
         return x
     heads = x.unflatten(-1, (-1, own.head_dim))
     q, k, rest = heads.tensor_split([num_queries, num_queries + num_keys], dim=-2)
-    return torch.cat([_norm(own.q_norm, q), _norm(own.k_norm, k), rest], dim=-2).flatten(-2)
+    return torch.cat([norm_of(own.q_norm, q), norm_of(own.k_norm, k), rest], dim=-2).flatten(-2)
 
 
 class _Turned(torch.autograd.Function):
@@ -211,122 +203,32 @@ class _Turned(torch.autograd.Function):
         return turn(grad, cosines, sines, ctx.width, back=True), None, None, None
 
 
-def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """x (..., heads, D) turned by cosines and sines (..., D), each of two equal halves."""
-    half, sines = x.shape[-1] // 2, sines[..., : x.shape[-1] // 2].unsqueeze(-2)
-    found = x * cosines.unsqueeze(-2)
-    found[..., :half].addcmul_(x[..., half:], sines, value=-1)
-    found[..., half:].addcmul_(x[..., :half], sines)
-    return found
-
-
 def _normed(norm: Any, *x: Tensor) -> tuple[RmsNorm, list[Tensor]]:
     return RmsNorm(norm.variance_epsilon), [*x, norm.weight]
 
 
-def forward_of(model: Any, prepare: Prepare) -> Callable[..., BaseModelOutputWithPast] | None:
-    """A forward for a model that does what its own does where gradients are not asked for, with a cache and
-    padding; matrices that share an input are prepared as one. None as in `hidden_states`.
-    """
-    layers = _layers(model, sys.maxsize)
-    if layers is None or any(part.a is not None for parts in layers for part in parts):
-        return None
-    if any("forward" in vars(each) for each in (model, *model.layers)):
-        return None
-    if model.config._attn_implementation not in MASKED:
-        return None
-    steps = [
-        functools.partial(_step, layer=layer, products=_prepared(parts, prepare))
-        for layer, parts in zip(model.layers, layers, strict=True)
-    ]
-    kind = type_of_products(model.embed_tokens.weight)
-    return functools.partial(_forward, model=model, steps=steps, kind=kind)
-
-
-def _forward(  # noqa: PLR0913 (transformers' signature of a model)
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    *,
-    model: Any,
-    steps: Sequence[Callable[..., Tensor]],
-    kind: torch.dtype,
-    **_: Any,
-) -> BaseModelOutputWithPast:
-    """The last hidden states (B, L, H) of tokens (B, L) behind cached ones; the mask (B, T) is of all."""
-    length, before = input_ids.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
-    x = model.embed_tokens(input_ids).to(kind)
-    if position_ids is None:
-        position_ids = torch.arange(before, before + length, device=x.device).unsqueeze(0)
-    tables, added = [each.to(kind) for each in model.rotary_emb(x, position_ids)], None
-    if attention_mask is not None and not bool(attention_mask.all()):
-        seen = attention_mask[:, None, None, :].bool().expand(-1, -1, length, -1).tril(before)
-        added = x.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
-    for step in steps:
-        x = step(x, tables, added, past_key_values)
-    return BaseModelOutputWithPast(last_hidden_state=_norm(model.norm, x), past_key_values=past_key_values)
-
-
-def _prepared(parts: Sequence[Parts], prepare: Prepare) -> list[Callable[[Tensor], Tensor]]:
-    """The products with query, key and value; output; gate and up; down."""
-    found = []
-    for some in (parts[:3], parts[3:4], parts[4:6], parts[6:]):
-        biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias, *_ in some]
-        bias = torch.cat(biases) if any(part.bias is not None for part in some) else None
-        found.append(prepare(joined([part.weight for part in some]), bias))
-    return found
-
-
-def _step(  # noqa: PLR0913 (a layer and what it sees)
-    x: Tensor,
-    tables: Sequence[Tensor],
-    added: Tensor | None,
-    cache: Any,
-    *,
-    layer: Any,
-    products: Sequence[Callable[[Tensor], Tensor]],
-) -> Tensor:
-    """The hidden states (B, L, H) after a layer; `added` to the products of queries and keys (B, 1, L, T)."""
-    own, (first, output, gate_up, down) = layer.self_attn, products
-    num_keys = own.config.num_key_value_heads
-    heads = first(_norm(layer.input_layernorm, x)).unflatten(-1, (-1, own.head_dim))
-    q_and_k, v = heads[..., :-num_keys, :], heads[..., -num_keys:, :]
-    if hasattr(own, "q_norm"):
-        q, k = q_and_k[..., :-num_keys, :], q_and_k[..., -num_keys:, :]
-        q_and_k = torch.cat([_norm(own.q_norm, q), _norm(own.k_norm, k)], dim=-2)
-    q_and_k = _rotated(q_and_k, *tables)
-    q, k, v = (each.transpose(1, 2) for each in (q_and_k[..., :-num_keys, :], q_and_k[..., -num_keys:, :], v))
-    if cache is not None:
-        k, v = cache.update(k, v, own.layer_idx)
-    attend = AttentionInterface()[own.config._attn_implementation]
-    found, _ = attend(own, q, k, v, added, dropout=0.0, scaling=own.scaling)
-    x = x + output(found.flatten(-2))
-    return x + down(GATE.forward(gate_up(_norm(layer.post_attention_layernorm, x))))
-
-
-def _norm(norm: Any, x: Tensor) -> Tensor:
+def norm_of(norm: Any, x: Tensor) -> Tensor:
     return functional.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.variance_epsilon)
 
 
 def join_weights(model: Any) -> None:
     """Lay the matrices of one input below one another in memory, so that their products are one."""
-    for parts in _layers(model, 0) or []:
+    for parts in matrices_of(model, 0) or []:
         for some in (parts[:3], parts[4:6]):
             join([part.weight for part in some])
 
 
 def _layers_now(model: Any, length: int) -> list[list[Parts]] | None:
-    """`_layers`, found once for all passes of unchanged weights with the same adapter."""
+    """`matrices_of`, found once for all passes of unchanged weights with the same adapter."""
     if type(model) not in MODELS:
         return None
     first: Any = model.layers[0].self_attn.q_proj
     acting = [getattr(first, name, None) for name in ("active_adapters", "disable_adapters")]
     key = ("layers", id(model), length, model.training, str(acting))
-    return derived(lambda: _layers(model, length), [model.embed_tokens.weight], *key)
+    return derived(lambda: matrices_of(model, length), [model.embed_tokens.weight], *key)
 
 
-def _layers(model: Any, length: int) -> list[list[Parts]] | None:
+def matrices_of(model: Any, length: int) -> list[list[Parts]] | None:
     """What each layer's seven matrices compute with: query, key, value, output, gate, up, down."""
     if type(model) not in MODELS:
         return None

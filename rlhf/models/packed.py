@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf.engine import Engine
 from rlhf.models import llama
+from rlhf.models.attention import Heads, split_values, turn
 from rlhf.models.loading import trunk
+from rlhf.models.lora import type_of_products
+from rlhf.models.products import GATE, Parts, joined
 from rlhf.pass_sizes import SMALL_MODEL
+
+# Makes the function x (..., I) -> (..., O) of a weight (O, I) and a bias (O,).
+Prepare = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
 
 
 @contextlib.contextmanager
@@ -43,7 +52,7 @@ def packed(model: nn.Module, engine: Engine) -> Iterator[None]:
             del module.forward
 
 
-def _preparation(model: nn.Module, engine: Engine) -> llama.Prepare | None:
+def _preparation(model: nn.Module, engine: Engine) -> Prepare | None:
     if engine.device.type != "cpu":
         return None
     if engine.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
@@ -52,15 +61,95 @@ def _preparation(model: nn.Module, engine: Engine) -> llama.Prepare | None:
     return _plain if small and engine.dtype == torch.float32 else None
 
 
-def _forwards(model: nn.Module, prepare: llama.Prepare) -> Iterator[tuple[Any, Callable[..., Any]]]:
+def _forwards(model: nn.Module, prepare: Prepare) -> Iterator[tuple[Any, Callable[..., Any]]]:
     inner = trunk(model)
-    forward = llama.forward_of(inner, prepare)
+    forward = _forward_of(inner, prepare)
     if forward is not None:
         yield inner, forward
     fused = set() if forward is None else set(inner.layers.modules())
     for layer in model.modules():
         if type(layer) is nn.Linear and layer not in fused and "forward" not in vars(layer):
             yield layer, prepare(layer.weight, layer.bias)
+
+
+def _forward_of(model: Any, prepare: Prepare) -> Callable[..., BaseModelOutputWithPast] | None:
+    """A forward for a model that does what its own does where gradients are not asked for, with a cache and
+    padding; matrices that share an input are prepared as one. None as in `llama.hidden_states`.
+    """
+    layers = llama.matrices_of(model, sys.maxsize)
+    if layers is None or any(part.a is not None for parts in layers for part in parts):
+        return None
+    if any("forward" in vars(each) for each in (model, *model.layers)):
+        return None
+    if model.config._attn_implementation not in llama.MASKED:
+        return None
+    steps = [
+        functools.partial(_step, layer=layer, products=_prepared(parts, prepare))
+        for layer, parts in zip(model.layers, layers, strict=True)
+    ]
+    kind = type_of_products(model.embed_tokens.weight)
+    return functools.partial(_forward, model=model, steps=steps, kind=kind)
+
+
+def _forward(  # noqa: PLR0913 (transformers' signature of a model)
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    *,
+    model: Any,
+    steps: Sequence[Callable[..., Tensor]],
+    kind: torch.dtype,
+    **_: Any,
+) -> BaseModelOutputWithPast:
+    """The last hidden states (B, L, H) of tokens (B, L) behind cached ones; the mask (B, T) is of all."""
+    length, before = input_ids.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
+    x = model.embed_tokens(input_ids).to(kind)
+    if position_ids is None:
+        position_ids = torch.arange(before, before + length, device=x.device).unsqueeze(0)
+    rotations, added = llama.rotations_of(model, x, position_ids), None
+    if attention_mask is not None and not bool(attention_mask.all()):
+        seen = attention_mask[:, None, None, :].bool().expand(-1, -1, length, -1).tril(before)
+        added = x.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
+    for step in steps:
+        x = step(x, rotations, added, past_key_values)
+    return BaseModelOutputWithPast(
+        last_hidden_state=llama.norm_of(model.norm, x), past_key_values=past_key_values
+    )
+
+
+def _prepared(parts: Sequence[Parts], prepare: Prepare) -> list[Callable[[Tensor], Tensor]]:
+    """The products with query, key and value; output; gate and up; down."""
+    found = []
+    for some in (parts[:3], parts[3:4], parts[4:6], parts[6:]):
+        biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias, *_ in some]
+        bias = torch.cat(biases) if any(part.bias is not None for part in some) else None
+        found.append(prepare(joined([part.weight for part in some]), bias))
+    return found
+
+
+def _step(  # noqa: PLR0913 (a layer and what it sees)
+    x: Tensor,
+    rotations: llama.Rotations,
+    added: Tensor | None,
+    cache: Any,
+    *,
+    layer: Any,
+    products: Sequence[Callable[[Tensor], Tensor]],
+) -> Tensor:
+    """The hidden states (B, L, H) after a layer; `added` to the products of queries and keys (B, 1, L, T)."""
+    own, (first, output, gate_up, down) = layer.self_attn, products
+    sizes = Heads(rotations.num_queries, rotations.num_keys, own.head_dim, own.scaling)
+    heads = llama.heads_of(own, first(llama.norm_of(layer.input_layernorm, x)), *sizes[:2])
+    turning, v = split_values(heads, sizes)
+    q, k = split_values(turn(turning, rotations.cosines, rotations.sines, sizes.width), sizes)
+    q, k, v = (each.unflatten(-1, (-1, sizes.width)).transpose(1, 2) for each in (q, k, v))
+    if cache is not None:
+        k, v = cache.update(k, v, own.layer_idx)
+    attend = AttentionInterface()[own.config._attn_implementation]
+    found, _ = attend(own, q, k, v, added, dropout=0.0, scaling=own.scaling)
+    x = x + output(found.flatten(-2))
+    return x + down(GATE.forward(gate_up(llama.norm_of(layer.post_attention_layernorm, x))))
 
 
 def _laid_out(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
