@@ -105,9 +105,6 @@ def run(stage: str, overrides: list[str]) -> int:
     if os.environ.get(RANK, "0") != "0":
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     quiet_libraries()
-    if stage == "evaluate":
-        # MKL's products are then the same for any number of threads: several processes have fewer each
-        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     if is_foreign():
         check_stage(stage)
     if stage == "all":
@@ -116,6 +113,9 @@ def run(stage: str, overrides: list[str]) -> int:
     if config.show:
         show(stage, config)
         return 0
+    if stage == "evaluate":
+        # MKL's products are then the same for any number of threads: several processes have fewer each
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     if is_foreign():
         check_fits(config)
     if stage != "bench" and (RANK not in os.environ or is_foreign()):

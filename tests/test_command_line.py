@@ -131,7 +131,9 @@ def test_a_traceback_is_shown_on_demand(monkeypatch: pytest.MonkeyPatch) -> None
 def test_show_prints_configuration_inputs_and_estimate(
     stage: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    before = dict(os.environ)
     assert main([f"stage={stage}", "show=true", f"runs={tmp_path}", *TINY]) == 0
+    assert dict(os.environ) == before, "what later processes would inherit"
     shown = capsys.readouterr().out
     for part in (": configuration", "# inputs", "# estimate", "# result", "not there yet"):
         assert part in shown
