@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers.pytorch_utils import Conv1D
 
@@ -159,7 +160,8 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
     for step in range(1, spec["updates"] + 1):
         batch = prompts[(step - 1) * config.batch_size : step * config.batch_size]
         rollout = clock.run("sample", _rollout, roles, batch, spec, seed=step)
-        scores = torch.tensor(clock.run("score", reward.score_tokens, rollout.sequences()))
+        scored = clock.run("score", reward.score_tokens, rollout.sequences())
+        scores = torch.tensor(scored, device=engine.device)
         coef = config.kl.coef
         first = learner.first_step(rollout, step=step)
         learned = clock.seconds["learn"]
@@ -200,7 +202,9 @@ def _operations(engine: Engine, function: Callable[[], Any]) -> dict[str, float]
         function()
         _wait(engine)
     attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    seconds = {each.key: getattr(each, attribute) for each in profiler.key_averages()}
+    # what an operation takes on the GPU stands beside it, and again under the names of its kernels
+    operations = [each for each in profiler.key_averages() if each.device_type == DeviceType.CPU]
+    seconds = {each.key: getattr(each, attribute) for each in operations}
     longest = sorted(seconds, key=lambda name: -seconds[name])[:NUM_OPERATIONS]
     return {name: seconds[name] / sum(seconds.values()) for name in longest}
 

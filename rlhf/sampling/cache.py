@@ -18,9 +18,14 @@ class RoomyLayer(DynamicLayer):
     """One layer's keys and values (B, K, T, D), views of a room (2, B, K, T + some, D)."""
 
     room: Tensor
+    place: Tensor | None = None  # (1,): once `fix` has set it, where the next position is written
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append the states of new positions; return those of all positions."""
+        """Append the states of new positions; return those of all positions, or, fixed, the whole room."""
+        if self.place is not None:
+            for room, states in zip(self.room, (key_states, value_states), strict=True):
+                room.index_copy_(-2, self.place, states.to(room.dtype))
+            return self.keys, self.values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.room = key_states.new_empty(2, *key_states.shape[:2], 0, key_states.shape[-1])
@@ -33,6 +38,18 @@ class RoomyLayer(DynamicLayer):
         self.room[0, ..., start:stop, :] = key_states
         self.room[1, ..., start:stop, :] = value_states
         return self._show(stop)
+
+    def fix(self, length: int, place: Tensor) -> None:
+        """Make the room `length` positions long, zeros behind those that are written. `update` then takes one
+        position at a time, writes it where `place` says, and leaves the room where it lies.
+        """
+        start = self.get_seq_length()
+        if start < length:
+            larger = self.room.new_zeros(*self.room.shape[:3], length, self.room.shape[-1])
+            larger[..., :start, :] = self.room[..., :start, :]
+            self.room = larger
+        self.place = place
+        self._show(length)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows; an index that stands several times makes as many rows."""

@@ -18,13 +18,18 @@ from torch.nn.functional import pad
 
 from rlhf.batches import PromptBatch, Rollout, join, left_pad, position_ids
 from rlhf.models.loading import logits_of, trunk
+from rlhf.sampling import replay
 from rlhf.sampling.cache import new_cache
 
-# Copying the cache costs about as much as a step saves once this share of its rows has ended.
+# Copying the cache costs about as much as a step saves once this share of its rows has ended; where steps are
+# replayed it costs a capture too, and fewer rows save less.
 SHARE_ENDED_BEFORE_DROP = 0.1
+SHARE_ENDED_BEFORE_CAPTURE = 0.5
 
-# Rows are drawn from in pieces of this many logits: 4 MB, so that the passes over them stay in the cache.
+# Rows are drawn from in pieces of this many logits: on a processor 4 MB, so that the passes over them stay in
+# the cache; on a GPU, whose passes are few kernels each, many.
 FLOATS_PER_DRAW = 1 << 20
+FLOATS_PER_DRAW_GPU = 1 << 27
 
 # Tokens whose probabilities are first summed as one, to find the block that a uniform number falls into.
 BLOCK = 256
@@ -137,7 +142,8 @@ def choose_tokens(
 
     Arg-max (log-prob 0), or inversion of the cumulative distribution at `uniforms`.
     """
-    size = max(1, FLOATS_PER_DRAW // logits.shape[-1])
+    floats = FLOATS_PER_DRAW if logits.device.type == "cpu" else FLOATS_PER_DRAW_GPU
+    size = max(1, floats // logits.shape[-1])
     starts = range(0, len(logits), size)
     pieces = [
         _draw(logits[i : i + size].float(), uniforms[i : i + size], decoding, responses[i : i + size])
@@ -217,6 +223,8 @@ class _Loop:
     def __init__(self, model: Any, prompts: PromptBatch, first_of_equals: list[int]) -> None:
         self.model = model
         self.cache = new_cache(model)
+        self.replays = replay.can_replay(model, self.cache)
+        self.step: replay.Step | None = None
         self.rows = torch.arange(len(prompts.tokens), device=prompts.tokens.device)
         self.ended = torch.zeros_like(self.rows, dtype=torch.bool)
         first = torch.tensor(first_of_equals, device=self.rows.device)
@@ -238,6 +246,10 @@ class _Loop:
         return logits
 
     def _forward(self) -> Tensor:
+        if self.replays and self.cache.get_seq_length():
+            if self.step is None or self.mask.shape[1] > self.step.room:
+                self.step = replay.Step(self.model, self.cache, self.mask, self.positions)
+            return self.step(self.inputs)
         output = trunk(self.model)(
             input_ids=self.inputs,
             attention_mask=self.mask.long(),
@@ -253,7 +265,9 @@ class _Loop:
         self.inputs = tokens.unsqueeze(-1)
         self.positions = self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        if float(self.ended.float().mean()) >= SHARE_ENDED_BEFORE_DROP and not self.all_ended():
+        enough = SHARE_ENDED_BEFORE_CAPTURE if self.replays else SHARE_ENDED_BEFORE_DROP
+        if float(self.ended.float().mean()) >= enough and not self.all_ended():
+            self.step = None
             keep = (~self.ended).nonzero().squeeze(-1)
             self.cache.batch_select_indices(keep)
             self.inputs, self.positions, self.mask = self.inputs[keep], self.positions[keep], self.mask[keep]

@@ -80,11 +80,15 @@ def load(folder: Path, family: str) -> Any:
     return load_causal_lm(str(folder / family), LoadOptions(attention=attention_of(family)))
 
 
-def write_family(folder: Path, family: str) -> None:
-    """Write `folder`/<family>, a language model, and `folder`/<family>-rm, a reward model; seeded."""
+def write_family(folder: Path, family: str, **more: Any) -> None:
+    """Write `folder`/<family>, a language model, and `folder`/<family>-rm, a reward model; seeded.
+
+    `more` are settings of the configuration.
+    """
     settings = {
         "max_position_embeddings": 64,
         **_SETTINGS[family],
+        **more,
         "vocab_size": len(VOCABULARY),
         "pad_token_id": PAD,
         "bos_token_id": BOS,
