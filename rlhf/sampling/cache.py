@@ -25,7 +25,7 @@ class RoomyLayer(DynamicLayer):
         if self.place is not None:
             for room, states in zip(self.room, (key_states, value_states), strict=True):
                 room.index_copy_(-2, self.place, states.to(room.dtype))
-            return self.keys, self.values
+            return self.room[0], self.room[1]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.room = key_states.new_empty(2, *key_states.shape[:2], 0, key_states.shape[-1])
