@@ -191,8 +191,8 @@ def _check_same_device(kinds: Sequence[str]) -> None:
     other = next((rank for rank, kind in enumerate(kinds) if kind != kinds[0]), None)
     if other is not None:
         raise ValueError(
-            f"process {other} computes on {kinds[other]}, process 0 on {kinds[0]}: start no more processes on "
-            "a machine than it has GPUs (num_processes=, slots=), or set engine.device=cpu"
+            f"process {other} computes on {kinds[other]}, process 0 on {kinds[0]}: start no more "
+            "processes on a machine than it has GPUs (num_processes=, slots=), or set engine.device=cpu"
         )
 
 
