@@ -215,9 +215,13 @@ def has_native_bf16(device: torch.device) -> bool:
 def peak_memory(device: str) -> int:
     """The most bytes held so far: on the GPU where `engine.device` leads there, else by this process."""
     if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(_gpu(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _gpu(device: str) -> str:
+    return "cuda" if device == "auto" else device
 
 
 def memory_limit(device: str) -> float:
@@ -225,14 +229,14 @@ def memory_limit(device: str) -> float:
     that are free now.
     """
     if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / 2**30
+        return torch.cuda.get_device_properties(_gpu(device)).total_memory / 2**30
     return psutil.virtual_memory().available / 2**30
 
 
 def held_memory(device: str) -> int:
     """The bytes held now: on the GPU where `engine.device` leads there, else by this process."""
     if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_allocated(_gpu(device))
     return psutil.Process().memory_info().rss
 
 

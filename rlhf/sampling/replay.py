@@ -54,8 +54,8 @@ class Step:
         self.tokens, self.positions = torch.zeros_like(positions), positions.clone()
         self.place = torch.tensor([length - 1], device=mask.device)
         kind = type_of_products(model.get_input_embeddings().weight)
-        self.lowest = torch.finfo(kind).min
-        self.mask = torch.full((rows, 1, 1, self.room), self.lowest, dtype=kind, device=mask.device)
+        size, lowest = (rows, 1, 1, self.room), torch.finfo(kind).min
+        self.mask = torch.full(size, lowest, dtype=kind, device=mask.device)
         self.mask[:, 0, 0, :length].masked_fill_(mask.bool(), 0)
         for layer in cache.layers:
             layer.fix(self.room, self.place)
@@ -90,13 +90,14 @@ class Step:
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         """The step as a graph; `torch.cuda.graph` would give back the memory that the next one needs."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        device = self.mask.device
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self._compute()
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         return graph
