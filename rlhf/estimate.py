@@ -208,8 +208,10 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
         own = rows // config.minibatches * length / count
         a_pass = max(length, min(sizes.tokens_per_pass, (config.engine.micro_batch_size or rows) * length))
         tokens = min(own, sizes.workers * a_pass + min(own, sizes.kept_tokens))
-        if not adapted and not stage_of_zero:  # each worker adds up those of its passes
-            parts["gradients of passes"] = 2 * 4.0 * shape.parameters * sizes.workers
+        if not adapted and not stage_of_zero:  # one model's: each worker adds up those of its passes
+            several = own > sizes.workers * a_pass
+            sets = sizes.workers * (2 if several else 1) - 1  # one is counted with the trained weights
+            parts["gradients of passes"] = 4.0 * shape.parameters * sets
     else:
         tokens = min(config.engine.micro_batch_size or rows, rows) / count * length
     if trains:

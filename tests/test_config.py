@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from rlhf.config import (
     split_overrides,
     value_type,
 )
+from rlhf.sources import RANDOM_1B
 from rlhf.validation import nearest
 
 # What the files that leave something to the user need.
@@ -363,9 +365,11 @@ def test_lora_parameters_by_hand() -> None:
     assert shape.lora_parameters(3) == 2 * 3 * 64
 
 
-def memory_parts(*words: str) -> dict[str, float]:
-    config = load_config("ppo", ["engine.device=cpu", *words])
-    shape = estimate.read_shape(estimate.SMOLLM2)
+def memory_parts(
+    *words: str, model: dict[str, Any] = estimate.SMOLLM2, device: str = "cpu"
+) -> dict[str, float]:
+    config = load_config("ppo", [f"engine.device={device}", *words])
+    shape = estimate.read_shape(model)
     assert shape is not None
     return estimate._memory("ppo", config, shape)
 
@@ -396,6 +400,27 @@ def test_the_estimate_shrinks_with_adapters_and_bits_and_admits_what_it_cannot_k
     lines = estimate.estimate("sft", load_config("sft", ["model=nobody/has-this"]))
     assert "memory is unknown" in lines[0]
     assert "unknown kind" not in lines[0]
+
+
+@pytest.mark.parametrize(("adapter", "held"), [("none", 44.87), ("lora", 5.46)])
+def test_the_estimate_is_what_a_gpu_held(adapter: str, held: float) -> None:
+    # stage=bench model=random_1b adapters=[lora,none] on one NVIDIA H200, bfloat16: GiB that PPO held at most
+    words = [f"adapter={adapter}", "engine.dtype=bfloat16", "batch_size=32", "minibatches=1"]
+    words += ["data.max_prompt_tokens=48", "data.max_response_tokens=32"]
+    parts = memory_parts(*words, model={"model_type": "llama", **RANDOM_1B}, device="cuda")
+    assert sum(parts.values()) / 2**30 == pytest.approx(held, rel=0.06)
+
+
+def test_passes_of_full_weights_hold_gradients_of_their_own() -> None:
+    words = ["adapter=none", "minibatches=1", "engine.tokens_per_pass=100", "data.max_prompt_tokens=30"]
+    words += ["data.max_response_tokens=20"]
+
+    def sets(workers: int, batch_size: int) -> float:
+        more = [f"engine.workers={workers}", f"batch_size={batch_size}"]
+        return memory_parts(*words, *more).get("gradients of passes", 0) / (4 * 134_479_872)
+
+    # one is counted with the trained weights; where several passes follow one another, each has its own beside
+    assert [sets(1, 2), sets(1, 4), sets(2, 4), sets(2, 8)] == [0, 1, 1, 3]
 
 
 def test_ppo_work_counts_every_pass() -> None:
