@@ -419,7 +419,7 @@ def test_passes_of_full_weights_hold_gradients_of_their_own() -> None:
         more = [f"engine.workers={workers}", f"batch_size={batch_size}"]
         return memory_parts(*words, *more).get("gradients of passes", 0) / (4 * 134_479_872)
 
-    # one is counted with the trained weights; where several passes follow one another, each has its own beside
+    # one is counted with the trained weights; where several passes follow one another each has its own beside
     assert [sets(1, 2), sets(1, 4), sets(2, 4), sets(2, 8)] == [0, 1, 1, 3]
 
 
