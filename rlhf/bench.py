@@ -160,8 +160,7 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
     for step in range(1, spec["updates"] + 1):
         batch = prompts[(step - 1) * config.batch_size : step * config.batch_size]
         rollout = clock.run("sample", _rollout, roles, batch, spec, seed=step)
-        scored = clock.run("score", reward.score_tokens, rollout.sequences())
-        scores = torch.tensor(scored, device=engine.device)
+        scores = torch.tensor(clock.run("score", reward.score_tokens, rollout.sequences()))
         coef = config.kl.coef
         first = learner.first_step(rollout, step=step)
         learned = clock.seconds["learn"]

@@ -59,6 +59,7 @@ def build_experience(  # noqa: PLR0913 (a rollout, its scores, and what they are
     are those of `Learner.first_step`, where gradients are wanted of them too.
     """
     models, mask = roles.actor_critic, rollout.response_mask
+    scores = scores.to(mask.device)
     passes = passes or Passes(rollout, models, roles.engine, temperature=config.temperature)
     old, ref = policy_and_reference(roles, passes)
     rewards = shaped_rewards(old, ref, scores, mask, kl_coef)

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.config import PROJECT_DIR, STAGES, load_config, resolved_yaml
 from stages import all as all_stages
-from stages.__main__ import main, resume_command
+from stages.__main__ import main, quiet_libraries, resume_command
 
 HELP = (PROJECT_DIR / "stages" / "help.txt").read_text(encoding="utf-8")
 TINY = ["model=tiny", "data=toy"]
@@ -131,6 +131,7 @@ def test_a_traceback_is_shown_on_demand(monkeypatch: pytest.MonkeyPatch) -> None
 def test_show_prints_configuration_inputs_and_estimate(
     stage: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    quiet_libraries()
     before = dict(os.environ)
     assert main([f"stage={stage}", "show=true", f"runs={tmp_path}", *TINY]) == 0
     assert dict(os.environ) == before, "what later processes would inherit"

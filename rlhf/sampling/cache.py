@@ -18,10 +18,10 @@ class RoomyLayer(DynamicLayer):
     """One layer's keys and values (B, K, T, D), views of a room (2, B, K, T + some, D)."""
 
     room: Tensor
-    place: Tensor | None = None  # (1,): once `fix` has set it, where the next position is written
+    place: Tensor | None = None  # (1,): once `fasten` has set it, where the next position is written
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append the states of new positions; return those of all positions, or, fixed, the whole room."""
+        """Append the states of new positions; return those of all positions, or, fastened, the whole room."""
         if self.place is not None:
             for room, states in zip(self.room, (key_states, value_states), strict=True):
                 room.index_copy_(-2, self.place, states.to(room.dtype))
@@ -39,9 +39,10 @@ class RoomyLayer(DynamicLayer):
         self.room[1, ..., start:stop, :] = value_states
         return self._show(stop)
 
-    def fix(self, length: int, place: Tensor) -> None:
+    def fasten(self, length: int, place: Tensor) -> None:
         """Make the room `length` positions long, zeros behind those that are written. `update` then takes one
-        position at a time, writes it where `place` says, and leaves the room where it lies.
+        position at a time, writes it where `place` says, and leaves the room where it lies; the length of the
+        sequence is then that of the room.
         """
         start = self.get_seq_length()
         if start < length:

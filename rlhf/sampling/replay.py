@@ -19,8 +19,8 @@ from rlhf.sampling.cache import RoomyLayer
 FAMILIES = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3")
 MOVING_ROPE = ("dynamic", "longrope")  # whose tables follow the longest position
 
-# Positions by which the room grows; each time a step is captured anew.
-STRIDE = 256
+# Positions by which the room of replayed steps grows; each time one is captured anew.
+ROOM_STRIDE = 256
 
 
 def can_replay(model: Any, cache: Any) -> bool:
@@ -50,7 +50,7 @@ class Step:
         """`mask` (B, L) of the cached tokens and the next one, whose `positions` (B, 1) are given; L <= T."""
         rows, length = mask.shape
         self.model, self.cache = model, cache
-        self.room = -(-length // STRIDE) * STRIDE
+        self.room = -(-length // ROOM_STRIDE) * ROOM_STRIDE
         self.tokens, self.positions = torch.zeros_like(positions), positions.clone()
         self.place = torch.tensor([length - 1], device=mask.device)
         kind = type_of_products(model.get_input_embeddings().weight)
@@ -58,7 +58,7 @@ class Step:
         self.mask = torch.full(size, lowest, dtype=kind, device=mask.device)
         self.mask[:, 0, 0, :length].masked_fill_(mask.bool(), 0)
         for layer in cache.layers:
-            layer.fix(self.room, self.place)
+            layer.fasten(self.room, self.place)
         self.logits: Tensor
         self.computed = False
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -89,15 +89,8 @@ class Step:
         self.place += 1
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        """The step as a graph; `torch.cuda.graph` would give back the memory that the next one needs."""
-        device = self.mask.device
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._compute()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        """The step as a graph; memory that torch held unused, an earlier graph's too, is given back first."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.mask.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._compute()
         return graph

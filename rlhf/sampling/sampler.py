@@ -21,15 +21,16 @@ from rlhf.models.loading import logits_of, trunk
 from rlhf.sampling import replay
 from rlhf.sampling.cache import new_cache
 
-# Copying the cache costs about as much as a step saves once this share of its rows has ended; where steps are
-# replayed it costs a capture too, and fewer rows save less.
+# Copying the cache costs about as much as a step saves once this share of its rows has ended.
 SHARE_ENDED_BEFORE_DROP = 0.1
+
+# The same where steps are replayed: for other rows one is captured anew, and fewer rows save a GPU less.
 SHARE_ENDED_BEFORE_CAPTURE = 0.5
 
 # Rows are drawn from in pieces of this many logits: on a processor 4 MB, so that the passes over them stay in
 # the cache; on a GPU, whose passes are few kernels each, many.
 FLOATS_PER_DRAW = 1 << 20
-FLOATS_PER_DRAW_GPU = 1 << 27
+FLOATS_PER_DRAW_GPU = 1 << 25
 
 # Tokens whose probabilities are first summed as one, to find the block that a uniform number falls into.
 BLOCK = 256
