@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +200,16 @@ def _operations(engine: Engine, function: Callable[[], Any]) -> dict[str, float]
     with profile(activities=kinds) as profiler:
         function()
         _wait(engine)
+    return shares(profiler.key_averages(), on_gpu=on_gpu)
+
+
+def shares(events: Sequence[Any], *, on_gpu: bool) -> dict[str, float]:
+    """The shares of all seconds of the longest of a profiler's operations.
+
+    What one takes on the GPU stands beside it, and again under the names of its kernels, which do not count.
+    """
     attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    # what an operation takes on the GPU stands beside it, and again under the names of its kernels
-    operations = [each for each in profiler.key_averages() if each.device_type == DeviceType.CPU]
+    operations = [each for each in events if each.device_type == DeviceType.CPU]
     seconds = {each.key: getattr(each, attribute) for each in operations}
     longest = sorted(seconds, key=lambda name: -seconds[name])[:NUM_OPERATIONS]
     return {name: seconds[name] / sum(seconds.values()) for name in longest}

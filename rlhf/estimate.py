@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import cache_dir
 from rlhf.pass_sizes import SMALL_MODEL, pass_sizes, processor_has_bf16
 from rlhf.settings import WEIGHTS, PPOConfig, StageConfig, zero_stage
+from rlhf.sources import EMBEDDED, RANDOM_1B, embedded_place
 
 LEAN = ("llama", "mistral", "qwen2", "qwen3")  # whose layers hold what rlhf.models.llama does
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
@@ -22,12 +22,7 @@ FROZEN_BYTES = {"nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with i
 ADAPTER_BASES = {"sft": 1, "rm": 1, "ppo": 1}
 FULL_BASES = {"sft": 0, "collect": 1, "rm": 0, "ppo": 2, "evaluate": 3}
 LIST_LENGTH = 4  # responses per ranked list, where the data is not there to be counted
-EMBEDDED = {
-    "smollm2": "models/smollm2-135m-instruct",
-    "tiny": "models/tiny-gpt2-bytes",
-    "random_1b": "models/random-llama-1b",
-}
-SMOLLM2 = {  # known before its first download
+SMOLLM2 = {
     "model_type": "llama",
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -37,6 +32,8 @@ SMOLLM2 = {  # known before its first download
     "intermediate_size": 1536,
     "tie_word_embeddings": True,
 }
+# Known before they are made.
+KNOWN = {"smollm2": SMOLLM2, "random_1b": {"model_type": "llama", **RANDOM_1B}}
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class Shape:
 def find_config(path: str) -> dict[str, Any] | None:
     """Return a model's config.json from its folder, our cache or the hub's; None where there is none."""
     if path in EMBEDDED:
-        folders = [cache_dir() / EMBEDDED[path]]
+        folders = [embedded_place(path)]
     else:
         home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
         hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{path.replace('/', '--')}"
@@ -93,7 +90,7 @@ def find_config(path: str) -> dict[str, Any] | None:
     for folder in folders:
         if (folder / "config.json").is_file():
             return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return SMOLLM2 if path == "smollm2" else None
+    return KNOWN.get(path)
 
 
 def read_shape(config: dict[str, Any]) -> Shape | None:

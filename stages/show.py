@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import cache_dir, resolved_yaml
-from rlhf.estimate import EMBEDDED, estimate, find_config
+from rlhf.config import resolved_yaml
+from rlhf.estimate import estimate, find_config
+from rlhf.sources import EMBEDDED, embedded_place
 
 # The settings of each stage that name something to read.
 INPUTS = {
@@ -67,8 +68,7 @@ def describe(path: str, config: Any) -> str:
     if config.data.folder and Path(config.data.folder) in place.parents:
         return f"built by data/{config.data.build}.py on first use" if config.data.build else "missing"
     if path in EMBEDDED:
-        there = (cache_dir() / EMBEDDED[path]).exists()
-        return "embedded, in the cache" if there else "embedded, made on first use"
+        return "embedded, in the cache" if embedded_place(path).exists() else "embedded, made on first use"
     if ":" in path:
         return "Python function"
     if path.startswith(("/", ".", "~")) or place.suffix or path.count("/") > 1:

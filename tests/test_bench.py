@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,3 +146,18 @@ def test_what_the_bench_cannot_time_is_named_before_it_starts(
 def test_unknown_keys_of_the_bench_are_named() -> None:
     with pytest.raises(ValueError, match="did you mean batch_size"):
         load_config("bench", ["batch_sise=3"])
+
+
+def test_what_a_gpu_computes_counts_once() -> None:
+    from torch.autograd import DeviceType
+
+    from rlhf.bench import shares
+
+    def event(key: str, kind: DeviceType, seconds: float) -> Any:
+        return SimpleNamespace(
+            key=key, device_type=kind, self_device_time_total=seconds, self_cpu_time_total=1.0
+        )
+
+    events = [event("aten::mm", DeviceType.CPU, 3.0), event("aten::mul", DeviceType.CPU, 1.0)]
+    events += [event("kernel of mm", DeviceType.CUDA, 3.0), event("kernel of mul", DeviceType.CUDA, 1.0)]
+    assert shares(events, on_gpu=True) == {"aten::mm": 0.75, "aten::mul": 0.25}

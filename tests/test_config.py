@@ -21,7 +21,6 @@ from rlhf.config import (
     split_overrides,
     value_type,
 )
-from rlhf.sources import RANDOM_1B
 from rlhf.validation import nearest
 
 # What the files that leave something to the user need.
@@ -399,6 +398,7 @@ def test_the_estimate_shrinks_with_adapters_and_bits_and_admits_what_it_cannot_k
     assert [size - engines[0] for size in engines] == [0, trained * 3, trained * 8]
     lines = estimate.estimate("sft", load_config("sft", ["model=nobody/has-this"]))
     assert "memory is unknown" in lines[0]
+    assert estimate.find_config("random_1b") is not None, "known before it is made"
     assert "unknown kind" not in lines[0]
 
 
@@ -407,7 +407,7 @@ def test_the_estimate_is_what_a_gpu_held(adapter: str, held: float) -> None:
     # stage=bench model=random_1b adapters=[lora,none] on one NVIDIA H200, bfloat16: GiB that PPO held at most
     words = [f"adapter={adapter}", "engine.dtype=bfloat16", "batch_size=32", "minibatches=1"]
     words += ["data.max_prompt_tokens=48", "data.max_response_tokens=32"]
-    parts = memory_parts(*words, model={"model_type": "llama", **RANDOM_1B}, device="cuda")
+    parts = memory_parts(*words, model=estimate.KNOWN["random_1b"], device="cuda")
     assert sum(parts.values()) / 2**30 == pytest.approx(held, rel=0.06)
 
 
