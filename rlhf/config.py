@@ -27,7 +27,7 @@ PROJECT_DIR = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_DIR / "configs"
 STAGES = tuple(STAGE_CONFIGS)
 PROGRAMS: dict[str, type[Any]] = {**STAGE_CONFIGS, "bench": BenchConfig}
-GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward")
+GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward", "exposure")
 SMALL_WEIGHTS = 40e6  # bytes of safetensors below which a local folder gets configs/model/small.yaml
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 

@@ -163,8 +163,19 @@ class StageConfig:
 
 
 @dataclass
+class Exposure:
+    name: str
+    schedule: str | None
+    k: float | None
+    end: float | None
+    replacement: str | None
+    passes: int | None
+
+
+@dataclass
 class SFTConfig(StageConfig):
     policy: str
+    exposure: Exposure
     epochs: float
     examples: int | None
     batch_size: int

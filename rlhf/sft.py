@@ -4,6 +4,7 @@ only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from rlhf.checkpoint import StageFolder
 from rlhf.checks import Check
 from rlhf.engine import Engine
+from rlhf.exposure.scheduled_sampling import ScheduledSampling
 from rlhf.metrics import MetricLog
 from rlhf.models.adapters import add_lora, trainable_parameters, uses_lora
 from rlhf.models.forward import logits_at
@@ -78,11 +80,26 @@ def fit(encoded: Encoded, max_length: int, *, num_kept: int = 0) -> tuple[Encode
 class ResponseTrainer(SharedSteps, SFTTrainer):
     """trl's trainer with the vocabulary's scores at response positions only, and conversations of like length
     computed together, those of packed rows too.
+
+    With `scheduled` the model learns after inputs of which some response tokens are its own predictions.
     """
 
-    def __init__(self, *, engine: Engine, **arguments: Any) -> None:
+    def __init__(
+        self, *, engine: Engine, scheduled: ScheduledSampling | None = None, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
-        self.engine = engine
+        self.engine, self.scheduled = engine, scheduled
+
+    def gold_share(self) -> float:
+        """The share of gold tokens among the inputs of the optimizer step that is due."""
+        if self.scheduled is None or not torch.is_grad_enabled():
+            return 1.0
+        return self.scheduled.gold_share(self.state.global_step, self.state.max_steps)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the share of gold tokens too, where it falls."""
+        more = {"gold_share": self.gold_share()} if self.scheduled is not None and "loss" in logs else {}
+        super().log({**logs, **more}, start_time)
 
     def compute_loss(
         self,
@@ -97,12 +114,25 @@ class ResponseTrainer(SharedSteps, SFTTrainer):
         labels, tokens, mask = inputs["labels"][:, 1:], inputs["input_ids"], inputs["attention_mask"].bool()
         total = torch.zeros((), device=tokens.device, requires_grad=torch.is_grad_enabled())
         rounds = self.engine.processes.rounds(self.engine.micro_batches(mask.sum(1).tolist()))
+        scheduled, share, draws = self.scheduled, self.gold_share(), None
+        if scheduled is not None and share < 1:
+            draws = scheduled.draws(self.state.global_step, *tokens.shape)
         for index, weight in rounds:
             rows, columns = (labels[index] != IGNORED_LABEL).nonzero(as_tuple=True)
-            with self.engine.autocast():
-                logits = logits_at(model, tokens[index], mask[index], rows, columns)
-            total = total - weight * token_logprobs(logits, labels[index][rows, columns]).sum()
+            predict = functools.partial(self._logits, model, mask[index], rows, columns)
+            given = tokens[index]
+            if scheduled is not None and draws is not None:
+                given = scheduled.mixed(predict, given, (rows, columns + 1), draws[index], share)
+            total = total - weight * token_logprobs(predict(given), labels[index][rows, columns]).sum()
         return self.of_all(total / (num_items_in_batch or (labels != IGNORED_LABEL).sum()))
+
+    def _logits(self, model: Any, mask: Tensor, rows: Tensor, columns: Tensor, tokens: Tensor) -> Tensor:
+        with self.engine.autocast():
+            return logits_at(model, tokens, mask, rows, columns)
+
+
+def _scheduled(config: Any) -> ScheduledSampling | None:
+    return None if config.exposure.name == "none" else ScheduledSampling(config.exposure, config.seed)
 
 
 def _unpacked(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,6 +174,7 @@ class SFT:
         self.log = MetricLog(folder.path, config.tracker, run_name=f"{config.name}-sft")
         self.trainer = ResponseTrainer(
             engine=engine,
+            scheduled=_scheduled(config),
             model=model,
             args=SFTConfig(
                 **trainer_arguments(config, folder, engine, len(rows["train"])),

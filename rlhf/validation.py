@@ -14,6 +14,7 @@ from rlhf.settings import (
     CollectConfig,
     Decoding,
     EvaluateConfig,
+    Exposure,
     PPOConfig,
     RMConfig,
     SFTConfig,
@@ -31,6 +32,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "algo": ("ppo", "reinforce", "rloo"),
     "reinforce_baseline": ("moving", "greedy", "none"),
     "critic_trunk": ("own", "policy"),
+    "exposure.schedule": (None, "linear", "exponential", "inverse_sigmoid"),
+    "exposure.replacement": (None, "sample", "argmax"),
     "model.attention": (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3"),
 }
 AT_LEAST_ONE = {
@@ -58,6 +61,7 @@ AT_LEAST_ONE = {
     "sample_every",
     "log_steps",
     "save_steps",
+    "passes",
 }
 NOT_EMPTY = {"name", "runs", "model.path", "policy", "critic", "base"}
 ABOVE_ZERO = {
@@ -69,12 +73,13 @@ ABOVE_ZERO = {
     "horizon",
     "eval_fraction",
     "epochs",
+    "exposure.k",
 }
 BELOW = {"label_smoothing": 0.5, "eval_fraction": 1.0}
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 MOST_KL_ERROR = 0.2  # by which the adaptive controller moves kl.coef, times episodes / kl.horizon
 ANY_SIGN = {"missing_eos_score"}
-FRACTIONS = {"top_p", "warmup_ratio", "eval_fraction", "dropout", "gae.gamma", "gae.lam"}
+FRACTIONS = {"top_p", "warmup_ratio", "eval_fraction", "dropout", "gae.gamma", "gae.lam", "exposure.end"}
 SCORER_KEYS = {
     "model": {"path"},
     "classifier": {"train", "classifier"},
@@ -116,6 +121,8 @@ def check_config(config: StageConfig) -> None:
         raise ValueError("overwrite=true and resume=true contradict each other: give one of them")
     _check_adapter(config.adapter)
     _check_shared_weights(config)
+    if isinstance(config, SFTConfig):
+        _check_exposure(config.exposure)
     if isinstance(config, CollectConfig):
         check_scorer("labeller", config.labeller)
         if config.samples_per_prompt < 2:
@@ -189,6 +196,28 @@ def _check_adapter(adapter: Adapter) -> None:
         raise ValueError(f"{key}={value} without an adapter: give adapter={remedy} as well")
     if adapter.name != "none" and not adapter.r:
         raise ValueError(f"adapter.r=0 with adapter={adapter.name}: at least 1 is expected")
+
+
+def _check_exposure(exposure: Exposure) -> None:
+    given = {name: value for name, value in vars(exposure).items() if name != "name" and value is not None}
+    if exposure.name == "none":
+        if given:
+            name, value = next(iter(given.items()))
+            raise ValueError(
+                f"exposure.{name}={value} with exposure=none: give exposure=scheduled_sampling as well"
+            )
+        return
+    for name in vars(exposure):
+        if name not in given and name not in ("name", "k"):
+            raise ValueError(f"exposure.{name}=null: leave it out, and it has its default")
+    curved, k, end = exposure.schedule != "linear", exposure.k, exposure.end
+    if curved and k is None and end in (0.0, 1.0):
+        raise ValueError(
+            f"exposure.end={end}: the {exposure.schedule} schedule never gets there; give a number between "
+            "0 and 1, or exposure.k"
+        )
+    if exposure.schedule == "exponential" and k is not None and k > 1:
+        raise ValueError(f"exposure.k={k}: the exponential schedule k^i needs at most 1")
 
 
 def _check_shared_weights(config: StageConfig) -> None:
@@ -280,7 +309,7 @@ def _check_number(key: str, value: float) -> None:
     bounds = (
         (math.isfinite(value), "a finite number"),
         (last not in AT_LEAST_ONE or value >= 1, "a number that is at least 1"),
-        (last not in ABOVE_ZERO or value > 0, "a number that is above 0"),
+        (not {key, last} & ABOVE_ZERO or value > 0, "a number that is above 0"),
         (not {key, last} & FRACTIONS or 0 <= value <= 1, "a number from 0 to 1"),
         (value >= 0 or key in ANY_SIGN, "a number that is not negative"),
         (value < BELOW.get(last, math.inf), f"a number below {BELOW.get(last)}"),

@@ -190,6 +190,8 @@ def test_a_saved_configuration_reloads_equal(stage: str, tmp_path: Path) -> None
     assert read_config(stage, tmp_path / "config.yaml") == config
 
 
+SCHEDULED = "exposure=scheduled_sampling"
+
 MISTAKES = [
     ("ppo", ["main_port=99999"], "main_port=99999: a port from 1 to 65535 is expected"),
     ("ppo", ["main_port=0"], "main_port=0: a number that is at least 1 is expected"),
@@ -289,6 +291,25 @@ MISTAKES = [
     ),
     ("evaluate", ["systems={a: {path: x, decoding: {temp: 3}}}"], "did you mean temperature?"),
     ("evaluate", ["baseline=sftt"], "baseline=sftt: not one of the systems"),
+    ("sft", ["exposure=schedule"], "exposure=schedule: did you mean scheduled_sampling? choices are none"),
+    ("sft", ["exposure.end=0.5"], "exposure.end=0.5 with exposure=none: give exposure=scheduled_sampling"),
+    (
+        "sft",
+        [SCHEDULED, "exposure.schedule=cosine"],
+        "exposure.schedule=cosine: one of null, linear, exponential",
+    ),
+    ("sft", [SCHEDULED, "exposure.schedule=null"], "exposure.schedule=null: leave it out"),
+    (
+        "sft",
+        [SCHEDULED, "exposure.replacement=beam"],
+        "exposure.replacement=beam: one of null, sample, argmax",
+    ),
+    ("sft", [SCHEDULED, "exposure.end=2"], "exposure.end=2.0: a number from 0 to 1 is expected"),
+    ("sft", [SCHEDULED, "exposure.passes=0"], "exposure.passes=0: a number that is at least 1 is expected"),
+    ("sft", [SCHEDULED, "exposure.k=0"], "exposure.k=0.0: a number that is above 0 is expected"),
+    ("sft", [SCHEDULED, "exposure.schedule=exponential", "exposure.end=0"], "or exposure.k"),
+    ("sft", [SCHEDULED, "exposure.schedule=exponential", "exposure.k=2"], "k^i needs at most 1"),
+    ("ppo", ["exposure=scheduled_sampling"], "exposure is not a key of stage ppo, but of sft"),
     ("sft", ["name=${nope}"], "name: Interpolation key 'nope' not found"),
     ("sfr", [], "stage=sfr: did you mean sft?"),
 ]

@@ -107,6 +107,17 @@ def test_every_kind_of_run_has_the_numbers_of_one_process(
 
 
 @pytest.mark.slow
+def test_scheduled_sampling_mixes_what_one_process_mixes(tiny_run: Path, tmp_path: Path) -> None:
+    own = ("exposure=scheduled_sampling", "exposure.schedule=inverse_sigmoid")
+    alone, several = (copy_of(tiny_run, tmp_path / name, "sft") for name in ("alone", "several"))
+    assert run_stage("sft", *words_of(alone, "sft"), *own, "engine=single", "num_processes=null").status == 0
+    result = has_the_numbers_of(alone, several, "sft", [*words_of(several, "sft", 2), *own])
+    assert result.status == 0
+    shares = [row["gold_share"] for row in read_lines(several / "sft" / "metrics.jsonl") if "loss" in row]
+    assert shares == sorted(shares, reverse=True) and shares[-1] == pytest.approx(0.25)
+
+
+@pytest.mark.slow
 def test_samples_and_their_evaluation_are_those_of_one_process(tiny_run: Path, tmp_path: Path) -> None:
     run = copy_of(tiny_run, tmp_path, "evaluate")
     shutil.rmtree(run / "collect")

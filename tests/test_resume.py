@@ -79,9 +79,16 @@ def test_collect_loses_no_record_and_doubles_none(tiny_run: Path, tmp_path: Path
     assert same_results(folder.path, tiny_run / "collect")
 
 
-@pytest.mark.parametrize("adapter", ["lora", "qlora"])
-def test_adapters_resume_exactly(tmp_path: Path, adapter: str) -> None:
-    words = [*SMALL["sft"], f"adapter={adapter}", "adapter.r=4", "force=true"]
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["adapter=lora", "adapter.r=4"],
+        ["adapter=qlora", "adapter.r=4"],
+        ["adapter=lora", "adapter.r=4", "exposure=scheduled_sampling", "exposure.schedule=exponential"],
+    ],
+)
+def test_adapters_and_scheduled_sampling_resume_exactly(tmp_path: Path, own: list[str]) -> None:
+    words = [*SMALL["sft"], *own, "force=true"]
     whole = run_stage("sft", *words, f"runs={tmp_path / 'whole'}")
     assert whole.status == 0, whole.output
     folder = StageFolder(str(tmp_path / "parts"), "tiny-toy", "sft")

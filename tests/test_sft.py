@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config
 from rlhf.engine import Engine
+from rlhf.exposure.scheduled_sampling import ScheduledSampling
 from rlhf.models.loading import load_tokenizer
 from rlhf.records import Demonstration
 from rlhf.sft import SFT, fit, sft_checks, tokenize
@@ -104,6 +105,78 @@ def test_micro_batches_change_no_loss(models: dict[str, Path], codec: TextCodec,
             return trained_loss(run).item()
 
     assert loss(1) == pytest.approx(loss(4), abs=1e-5)
+
+
+SCHEDULED = ("packing=false", "max_length=64", "exposure=scheduled_sampling", "exposure.end=0.4")
+
+
+def gradients(run: SFT, step: int = 0, steps: int = 1) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss of the optimizer step `step` of `steps`, and what it asks of each weight."""
+    run.trainer.state.global_step, run.trainer.state.max_steps = step, steps
+    loss = trained_loss(run)
+    return loss.detach(), list(
+        torch.autograd.grad(loss, [p for p in run.model.parameters() if p.requires_grad])
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_with_gold_alone_scheduled_sampling_is_plain_training(
+    models: dict[str, Path], codec: TextCodec, tmp_path: Path, family: str
+) -> None:
+    plain = gradients(training(models[family], codec, tmp_path, *SCHEDULED[:2]))
+    all_gold = gradients(training(models[family], codec, tmp_path, *SCHEDULED[:3], "exposure.end=1"), 1, 1)
+    assert torch.equal(plain[0], all_gold[0])
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], all_gold[1], strict=True))
+    mixed = gradients(training(models[family], codec, tmp_path, *SCHEDULED), 1, 1)
+    assert not torch.allclose(plain[0], mixed[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_scheduled_sampling_learns_gold_after_mixed_inputs(
+    models: dict[str, Path], codec: TextCodec, tmp_path: Path, family: str
+) -> None:
+    """By transformers alone: arg-max predictions after gold stand where a token is not kept."""
+    run = training(models[family], codec, tmp_path, *SCHEDULED, "exposure.replacement=argmax")
+    found, _ = gradients(run, 1, 1)
+    total, count, num_replaced = torch.zeros(()), 0, 0
+    (batch,) = list(run.trainer.get_train_dataloader())
+    draws = ScheduledSampling(run.config.exposure, run.config.seed).draws(1, *batch["input_ids"].shape)
+    with torch.no_grad():
+        for row, (tokens, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+            places = (labels != -100).nonzero()[:, 0]
+            tokens, labels = tokens[: places[-1] + 1], labels[: places[-1] + 1]
+            predicted = run.model(tokens[None]).logits[0].argmax(-1)
+            mixed = tokens.clone()
+            for place in places.tolist():
+                if draws[row, place, 0] >= 0.4:
+                    mixed[place] = predicted[place - 1]
+                    num_replaced += 1
+            logits = run.model(mixed[None]).logits[0, places - 1]
+            total = total + cross_entropy(logits, labels[places], reduction="sum")
+            count += len(places)
+    assert 0 < num_replaced < count
+    assert found.item() == pytest.approx((total / count).item(), abs=2e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_micro_batches_change_no_mixture(
+    models: dict[str, Path], codec: TextCodec, tmp_path: Path, size: int
+) -> None:
+    whole = gradients(training(models["gpt2"], codec, tmp_path / "whole", *SCHEDULED), 1, 1)
+    words = (*SCHEDULED, f"engine.micro_batch_size={size}")
+    parts = gradients(training(models["gpt2"], codec, tmp_path / "parts", *words), 1, 1)
+    assert torch.allclose(whole[0], parts[0], rtol=1e-6)
+    assert all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-6 * float(a.norm()))
+        for a, b in zip(whole[1], parts[1], strict=True)
+    )
+
+
+def test_evaluation_sees_gold_alone(models: dict[str, Path], codec: TextCodec, tmp_path: Path) -> None:
+    plain = training(models["gpt2"], codec, tmp_path / "plain", *SCHEDULED[:2])
+    mixed = training(models["gpt2"], codec, tmp_path / "mixed", *SCHEDULED)
+    mixed.trainer.state.global_step = mixed.trainer.state.max_steps = 1
+    assert plain.trainer.evaluate()["eval_loss"] == mixed.trainer.evaluate()["eval_loss"]
 
 
 def test_prompt_tokens_are_no_labels(models: dict[str, Path], codec: TextCodec, tmp_path: Path) -> None:

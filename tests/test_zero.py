@@ -68,6 +68,13 @@ def test_training_has_the_numbers_of_one_process_without_deepspeed(
         ("ppo", "zero2", 2, ["algo=rloo", "rollouts_per_prompt=2", "ptx_coef=0.1", "epochs=2"]),
         ("sft", "zero3", 2, ["adapter=lora", "adapter.r=4"]),
         ("sft", "zero3", 2, ["packing=true", "examples=80", "epochs=1"]),
+        (
+            "sft",
+            "zero2",
+            2,
+            ["exposure=scheduled_sampling", "examples=160", "adapter=lora", "adapter.r=4"],
+        ),
+        ("sft", "zero3", 2, ["exposure=scheduled_sampling", "exposure.passes=2", "examples=160"]),
         ("rm", "zero3", 2, ["adapter=lora", "adapter.r=4", "engine.tokens_per_pass=60"]),
         ("ppo", "zero3", 2, ["algo=rloo", "rollouts_per_prompt=2", "ptx_coef=0.1", "epochs=2"]),
         ("ppo", "zero3", 2, ["engine.tokens_per_pass=100", "minibatches=3", "gradient_checkpointing=true"]),
