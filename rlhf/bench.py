@@ -52,8 +52,9 @@ from rlhf.models.sharded import shard
 from rlhf.ppo import Learner
 from rlhf.ppo_run import build_reward
 from rlhf.processes import leave
+from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import ready_to_sample
-from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.sampling.sampler import draw_uniforms, sample
 
 NEVER_ENDS = -1  # an EOS that no token is, so that every response has all its tokens
 PRODUCT = (1536, 576, 1536)

@@ -11,8 +11,8 @@ from rlhf.files import append_text, write_text
 from rlhf.metrics import progress
 from rlhf.records import PromptRecord, RankedList
 from rlhf.rewards import checked_scores
+from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
-from rlhf.sampling.sampler import Decoding
 from rlhf.text import TextCodec
 
 

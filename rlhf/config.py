@@ -282,10 +282,20 @@ def _to_object(config: Any) -> Any:
     return found
 
 
+WHY_NOT = {
+    (
+        "ppo",
+        "decoding",
+    ): "Rollouts are drawn from the model's own distribution, whose log-probs PPO, REINFORCE "
+    "and RLOO learn from: penalties, truncation and beams would change it"
+}
+
+
 def _unknown_key(stage: str, key: str) -> str:
     others = [other for other in PROGRAMS if value_type(other, key) is not None]
     if others:
-        return f"{key} is not a key of stage {stage}, but of {', '.join(others)}"
+        reason = f". {WHY_NOT[stage, key.split('.')[0]]}" if (stage, key.split(".")[0]) in WHY_NOT else ""
+        return f"{key} is not a key of stage {stage}, but of {', '.join(others)}{reason}"
     return f"{key} is not a key of stage {stage}; {hint(key, all_keys(stage))}".rstrip("; ")
 
 

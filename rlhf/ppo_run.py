@@ -40,8 +40,8 @@ from rlhf.pretraining_mix import PretrainingMix
 from rlhf.processes import by_main
 from rlhf.records import Demonstration, PromptRecord
 from rlhf.rewards import RewardModelScorer, build_scorer, score_samples
+from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
-from rlhf.sampling.sampler import Decoding
 from rlhf.text import TextCodec
 from rlhf.training_state import (
     load_trained_weights,

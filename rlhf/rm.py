@@ -25,8 +25,8 @@ from rlhf.models.loading import head, load_causal_lm, load_options, new_reward_m
 from rlhf.models.sharded import shard
 from rlhf.numerics.ranking import ranking_loss
 from rlhf.records import RankedList
+from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
-from rlhf.sampling.sampler import Decoding
 from rlhf.text import TextCodec
 from rlhf.training import SharedSteps, attach_log, trainer_arguments
 

@@ -114,7 +114,13 @@ class Decoding:
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+    typical_p: float
     repetition_penalty: float
+    no_repeat_ngram_size: int
+    penalty_scope: str
+    num_beams: int
+    length_penalty: float
 
 
 @dataclass

@@ -27,8 +27,8 @@ from rlhf.models.loading import load_causal_lm, load_options
 from rlhf.models.sharded import shard
 from rlhf.numerics.logprobs import token_logprobs
 from rlhf.records import Demonstration
+from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
-from rlhf.sampling.sampler import Decoding
 from rlhf.text import Encoded, TextCodec
 from rlhf.training import SharedSteps, attach_log, trainer_arguments
 

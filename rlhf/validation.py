@@ -32,6 +32,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "algo": ("ppo", "reinforce", "rloo"),
     "reinforce_baseline": ("moving", "greedy", "none"),
     "critic_trunk": ("own", "policy"),
+    "decoding.penalty_scope": ("response", "all"),
     "exposure.schedule": (None, "linear", "exponential", "inverse_sigmoid"),
     "exposure.replacement": (None, "sample", "argmax"),
     "model.attention": (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3"),
@@ -62,6 +63,7 @@ AT_LEAST_ONE = {
     "log_steps",
     "save_steps",
     "passes",
+    "num_beams",
 }
 NOT_EMPTY = {"name", "runs", "model.path", "policy", "critic", "base"}
 ABOVE_ZERO = {
@@ -69,6 +71,7 @@ ABOVE_ZERO = {
     "repetition_penalty",
     "reward_clip",
     "top_p",
+    "typical_p",
     "target",
     "horizon",
     "eval_fraction",
@@ -79,7 +82,17 @@ BELOW = {"label_smoothing": 0.5, "eval_fraction": 1.0}
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 MOST_KL_ERROR = 0.2  # by which the adaptive controller moves kl.coef, times episodes / kl.horizon
 ANY_SIGN = {"missing_eos_score"}
-FRACTIONS = {"top_p", "warmup_ratio", "eval_fraction", "dropout", "gae.gamma", "gae.lam", "exposure.end"}
+FRACTIONS = {
+    "top_p",
+    "min_p",
+    "typical_p",
+    "warmup_ratio",
+    "eval_fraction",
+    "dropout",
+    "gae.gamma",
+    "gae.lam",
+    "exposure.end",
+}
 SCORER_KEYS = {
     "model": {"path"},
     "classifier": {"train", "classifier"},

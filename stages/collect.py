@@ -8,8 +8,8 @@ from rlhf.engine import build_engine, seed_everything
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters
 from rlhf.records import write_records
 from rlhf.rewards import build_scorer
+from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
-from rlhf.sampling.sampler import Decoding
 from stages.common import Stage, resolved
 
 LOWEST_SHARE_WITH_PAIR = 0.5
@@ -59,5 +59,4 @@ def main(overrides: list[str]) -> None:
 
 def decoding_of(settings: object, max_new_tokens: int) -> Decoding:
     """The sampler's settings from the `decoding` group."""
-    names = ("temperature", "greedy", "repetition_penalty", "top_k", "top_p")
-    return Decoding(max_new_tokens, **{name: getattr(settings, name) for name in names})
+    return Decoding(max_new_tokens, **{key: value for key, value in vars(settings).items() if key != "name"})

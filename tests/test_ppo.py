@@ -26,7 +26,8 @@ from rlhf.ppo import Learner
 from rlhf.ppo_run import PPORun, build_reward
 from rlhf.records import PromptRecord
 from rlhf.rewards import RewardModelScorer
-from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.sampling.decoding import Decoding
+from rlhf.sampling.sampler import draw_uniforms, sample
 from rlhf.text import TextCodec
 from tests.models.families import BOS, EOS, PAD, word_tokenizer, write_family
 

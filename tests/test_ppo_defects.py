@@ -38,7 +38,8 @@ from rlhf.ppo import Learner
 from rlhf.records import RankedList
 from rlhf.rewards import RewardModelScorer, score_samples
 from rlhf.rm import tokenize
-from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.sampling.decoding import Decoding
+from rlhf.sampling.sampler import draw_uniforms, sample
 from rlhf.text import TextCodec
 from tests.models.families import EOS, PAD, VOCABULARY, load, word_tokenizer, write_family
 from tests.test_ppo import PROMPTS, experience_of, roles_of, run_of, settings

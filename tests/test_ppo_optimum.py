@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rlhf.batches import Rollout, join, left_pad
 from rlhf.experience import build_experience
 from rlhf.ppo import Learner
-from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.sampling.decoding import Decoding
+from rlhf.sampling.sampler import draw_uniforms, sample
 from tests.test_ppo import roles_of, settings
 
 EOS, PAD = 3, 0

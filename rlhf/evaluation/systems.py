@@ -21,8 +21,8 @@ from rlhf.models.forward import response_logprobs
 from rlhf.processes import ALONE
 from rlhf.records import PromptRecord
 from rlhf.rewards import checked_scores
+from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
-from rlhf.sampling.sampler import Decoding
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.sampling.sampler import Decoding, choose_tokens
+from rlhf.sampling.decoding import Decoding
+from rlhf.sampling.sampler import choose_tokens
 
 BISECTIONS = 100
 

@@ -13,7 +13,8 @@ from rlhf.models.packed import packed
 from rlhf.models.roles import adapters_merged
 from rlhf.models.sharded import whole_copy
 from rlhf.records import Prompt
-from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.sampling.decoding import Decoding
+from rlhf.sampling.sampler import draw_uniforms, sample
 from rlhf.text import TextCodec
 
 

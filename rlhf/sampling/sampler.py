@@ -8,8 +8,7 @@ on how rows are batched.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from torch.nn.functional import pad
 from rlhf.batches import PromptBatch, Rollout, join, left_pad, position_ids
 from rlhf.models.loading import logits_of, trunk
 from rlhf.sampling import replay
+from rlhf.sampling.beam import beam_search
 from rlhf.sampling.cache import new_cache
+from rlhf.sampling.decoding import Decoding, penalised, truncated
 
 # Copying the cache costs about as much as a step saves once this share of its rows has ended.
 SHARE_ENDED_BEFORE_DROP = 0.1
@@ -34,35 +35,6 @@ FLOATS_PER_DRAW_GPU = 1 << 25
 
 # Tokens whose probabilities are first summed as one, to find the block that a uniform number falls into.
 BLOCK = 256
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How the next token is chosen. `repetition_penalty` sees the response only (Keskar et al. 2019)."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    greedy: bool = False
-    repetition_penalty: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        limits = (
-            ("max_response_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            (
-                "temperature",
-                self.temperature,
-                self.temperature > 0,
-                "above 0; greedy decoding is decoding=greedy",
-            ),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-        )
-        for name, value, right, remedy in limits:
-            if not right:
-                raise ValueError(f"{name}={value}: it must be {remedy}")
 
 
 def draw_uniforms(num_rows: int, max_new_tokens: int, seed: int) -> Tensor:
@@ -81,7 +53,7 @@ def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and
     pad_token_id: int,
     uniforms: Tensor,
 ) -> Rollout:
-    """Sample one response to each prompt.
+    """Sample one response to each prompt, or search for it with several beams.
 
     `prompts` are token lists, `uniforms` is (B, R). A response ends with its first EOS or is cut at
     `max_new_tokens`.
@@ -89,8 +61,14 @@ def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and
     assert uniforms.shape == (len(prompts), decoding.max_new_tokens), uniforms.shape
     batch = left_pad(prompts, pad_token_id, device=model.device)
     with _evaluating(model):
-        loop = _Loop(model, batch, _first_of_equals(prompts))
-        responses, logprobs = _generate(loop, decoding, eos_token_id, uniforms.to(model.device))
+        if decoding.num_beams > 1:
+            responses = beam_search(model, batch, decoding, eos_token_id, pad_token_id)
+            logprobs = [[0.0] * len(tokens) for tokens in responses]  # as greedy: nothing is drawn
+        else:
+            loop = _Loop(model, batch, _first_of_equals(prompts))
+            before = prompts if decoding.penalty_scope == "all" else [[]] * len(prompts)
+            numbers = uniforms.to(model.device)
+            responses, logprobs = _generate(loop, decoding, eos_token_id, numbers, before)
     return join(batch, responses, pad_token_id, logprobs)
 
 
@@ -101,16 +79,20 @@ def _first_of_equals(prompts: list[list[int]]) -> list[int]:
 
 
 def _generate(
-    loop: _Loop, decoding: Decoding, eos_token_id: int, uniforms: Tensor
+    loop: _Loop,
+    decoding: Decoding,
+    eos_token_id: int,
+    uniforms: Tensor,
+    before: Sequence[list[int]],
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """The tokens of every row up to its first EOS, and their log-probs."""
+    """The tokens of every row up to its first EOS, and their log-probs; penalties see `before` too."""
     responses: list[list[int]] = [[] for _ in uniforms]
     logprobs: list[list[float]] = [[] for _ in uniforms]
     for step in range(decoding.max_new_tokens):
         logits = loop.next_logits()
         rows = loop.rows.tolist()
         chosen, chosen_logprobs = choose_tokens(
-            logits, uniforms[loop.rows, step], decoding, [responses[row] for row in rows]
+            logits, uniforms[loop.rows, step], decoding, [before[row] + responses[row] for row in rows]
         )
         for row, token, logprob in zip(rows, chosen.tolist(), chosen_logprobs.tolist(), strict=True):
             if not responses[row] or responses[row][-1] != eos_token_id:
@@ -136,10 +118,10 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def choose_tokens(
-    logits: Tensor, uniforms: Tensor, decoding: Decoding, responses: list[list[int]]
+    logits: Tensor, uniforms: Tensor, decoding: Decoding, seen: Sequence[list[int]]
 ) -> tuple[Tensor, Tensor]:
     """Choose the next tokens (B,) from logits (B, V), and their log-probs (B,) under the distribution drawn
-    from.
+    from. `seen`: each row's tokens that penalties know of.
 
     Arg-max (log-prob 0), or inversion of the cumulative distribution at `uniforms`.
     """
@@ -147,7 +129,7 @@ def choose_tokens(
     size = max(1, floats // logits.shape[-1])
     starts = range(0, len(logits), size)
     pieces = [
-        _draw(logits[i : i + size].float(), uniforms[i : i + size], decoding, responses[i : i + size])
+        _draw(logits[i : i + size].float(), uniforms[i : i + size], decoding, seen[i : i + size])
         for i in starts
     ]
     tokens, logprobs = zip(*pieces, strict=True)
@@ -155,10 +137,9 @@ def choose_tokens(
 
 
 def _draw(
-    logits: Tensor, uniforms: Tensor, decoding: Decoding, responses: list[list[int]]
+    logits: Tensor, uniforms: Tensor, decoding: Decoding, seen: Sequence[list[int]]
 ) -> tuple[Tensor, Tensor]:
-    if decoding.repetition_penalty != 1.0:
-        logits = penalise_repetition(logits, responses, decoding.repetition_penalty)
+    logits = penalised(logits, seen, decoding)
     if not bool(logits.amax(-1).isfinite().all()):
         raise ValueError(
             "the model's logits are not finite: its weights have blown up, or engine.dtype is too coarse for "
@@ -168,7 +149,7 @@ def _draw(
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])
     if decoding.temperature != 1.0:
         logits = logits / decoding.temperature
-    probabilities = torch.softmax(_truncated(logits, decoding), dim=-1)
+    probabilities = torch.softmax(truncated(logits, decoding), dim=-1)
     tokens = _invert(probabilities, uniforms.unsqueeze(-1))
     return tokens.squeeze(-1), probabilities.gather(-1, tokens).squeeze(-1).log()
 
@@ -192,30 +173,6 @@ def _first_above(cumulative: Tensor, targets: Tensor) -> Tensor:
     """
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.searchsorted(cumulative, targets, right=True).minimum(last)
-
-
-def penalise_repetition(logits: Tensor, responses: list[list[int]], penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits (B, V) of tokens already in the response by `penalty`.
-
-    Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1
-    """
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    for row, tokens in enumerate(responses):
-        seen[row, tokens] = True
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def _truncated(logits: Tensor, decoding: Decoding) -> Tensor:
-    """Logits with all but the `top_k` likeliest, or the nucleus of mass `top_p`, at minus infinity."""
-    if decoding.top_k:
-        floor = logits.topk(min(decoding.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, -torch.inf)
-    if decoding.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(-1)
-        outside = probabilities.cumsum(-1) - probabilities >= decoding.top_p
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
-    return logits
 
 
 class _Loop:

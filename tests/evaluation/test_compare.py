@@ -6,7 +6,7 @@ import pytest
 
 from rlhf.evaluation.compare import Scored, compare, summarise, verdict
 from rlhf.evaluation.systems import Generation, System
-from rlhf.sampling.sampler import Decoding
+from rlhf.sampling.decoding import Decoding
 
 OPTIONS = {"num_bootstrap": 300, "seed": 0}
 

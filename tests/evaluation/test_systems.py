@@ -22,8 +22,8 @@ from rlhf.metrics import progress
 from rlhf.models.loading import LoadOptions, load_causal_lm, load_tokenizer
 from rlhf.processes import Processes
 from rlhf.records import PromptRecord
+from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
-from rlhf.sampling.sampler import Decoding
 from rlhf.sources import tiny_folder
 from rlhf.text import TextCodec
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rlhf.exposure.scheduled_sampling import ScheduledSampling, gold_share, slope
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden.json"
 SCHEDULES = ("linear", "exponential", "inverse_sigmoid")
 
 # .9997^1000 = exp(1000 ln .9997) = exp(-.300045); 1000 / (1000 + e) and 1000 / (1000 + exp(10)).
@@ -49,9 +48,8 @@ def test_schedules_have_their_known_values(schedule: str, k: float, step: int, s
     assert gold_share(schedule, step, k=k) == pytest.approx(share, abs=1e-6)
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared/golden.json")
-def test_schedules_have_the_golden_values() -> None:
-    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))["scheduled_sampling"]
+def test_schedules_have_the_golden_values(shared: Path) -> None:
+    golden = json.loads((shared / "golden.json").read_text(encoding="utf-8"))["scheduled_sampling"]
     for schedule in ("exponential", "inverse_sigmoid"):
         case = golden[schedule]
         found = [gold_share(schedule, step, k=case["k"]) for step in case["at"]]

@@ -12,7 +12,8 @@ import torch
 
 from rlhf.models.loading import LoadOptions, load_causal_lm
 from rlhf.sampling import replay
-from rlhf.sampling.sampler import Decoding, draw_uniforms, sample
+from rlhf.sampling.decoding import Decoding
+from rlhf.sampling.sampler import draw_uniforms, sample
 from tests.models.families import PAD, write_family
 
 PROMPTS = [[1, 5, 9, 30, 12, 7, 40], [8], [1, 22, 6], [31, 11, 19, 4, 25], [9, 9], [1, 22, 6]]

@@ -20,8 +20,9 @@ from transformers import (
 from rlhf.batches import Rollout, left_pad
 from rlhf.engine import Engine
 from rlhf.models.forward import response_logprobs
+from rlhf.sampling.decoding import Decoding, penalise_repetition
 from rlhf.sampling.policy import Policy, ready_to_sample
-from rlhf.sampling.sampler import Decoding, choose_tokens, draw_uniforms, penalise_repetition, sample
+from rlhf.sampling.sampler import choose_tokens, draw_uniforms, sample
 from rlhf.text import TextCodec
 from tests.models.families import EOS, FAMILIES, PAD, WORDS, attention_of, load, word_tokenizer, write_family
 
