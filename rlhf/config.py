@@ -282,11 +282,9 @@ def _to_object(config: Any) -> Any:
     return found
 
 
-WHY_NOT = {
-    (
-        "ppo",
-        "decoding",
-    ): "Rollouts are drawn from the model's own distribution, whose log-probs PPO, REINFORCE "
+# Said beside the stages that have a key where one that has none is asked for it.
+REASONS = {
+    "ppo decoding": "Rollouts are drawn from the model's own distribution, whose log-probs PPO, REINFORCE "
     "and RLOO learn from: penalties, truncation and beams would change it"
 }
 
@@ -294,8 +292,8 @@ WHY_NOT = {
 def _unknown_key(stage: str, key: str) -> str:
     others = [other for other in PROGRAMS if value_type(other, key) is not None]
     if others:
-        reason = f". {WHY_NOT[stage, key.split('.')[0]]}" if (stage, key.split(".")[0]) in WHY_NOT else ""
-        return f"{key} is not a key of stage {stage}, but of {', '.join(others)}{reason}"
+        said = f"{key} is not a key of stage {stage}, but of {', '.join(others)}"
+        return ". ".join([said, *filter(None, [REASONS.get(f"{stage} {key.split('.')[0]}")])])
     return f"{key} is not a key of stage {stage}; {hint(key, all_keys(stage))}".rstrip("; ")
 
 

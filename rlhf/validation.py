@@ -81,7 +81,7 @@ ABOVE_ZERO = {
 BELOW = {"label_smoothing": 0.5, "eval_fraction": 1.0}
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 MOST_KL_ERROR = 0.2  # by which the adaptive controller moves kl.coef, times episodes / kl.horizon
-ANY_SIGN = {"missing_eos_score"}
+ANY_SIGN = {"missing_eos_score", "decoding.length_penalty"}
 FRACTIONS = {
     "top_p",
     "min_p",
