@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.batches import Rollout, join, left_pad
 from rlhf.config import load_config
+from rlhf.decoding import Decoding
 from rlhf.engine import (
     Engine,
     build_engine,
@@ -52,7 +53,6 @@ from rlhf.models.sharded import shard
 from rlhf.ppo import Learner
 from rlhf.ppo_run import build_reward
 from rlhf.processes import leave
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import ready_to_sample
 from rlhf.sampling.sampler import draw_uniforms, sample
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.decoding import Decoding
 from rlhf.files import append_text, write_text
 from rlhf.metrics import progress
 from rlhf.records import PromptRecord, RankedList
 from rlhf.rewards import checked_scores
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
 from rlhf.text import TextCodec
 

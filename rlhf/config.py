@@ -20,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from rlhf.deepspeed_config import check_deepspeed
-from rlhf.settings import STAGE_CONFIGS, BenchConfig, StageConfig
+from rlhf.settings import STAGE_CONFIGS, BenchConfig, Decoding, StageConfig
 from rlhf.validation import check_config, hint
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
@@ -282,19 +282,19 @@ def _to_object(config: Any) -> Any:
     return found
 
 
-# Said beside the stages that have a key where one that has none is asked for it.
-REASONS = {
-    "ppo decoding": "Rollouts are drawn from the model's own distribution, whose log-probs PPO, REINFORCE "
-    "and RLOO learn from: penalties, truncation and beams would change it"
-}
+OWN_DISTRIBUTION = (
+    "Rollouts are drawn from the model's own distribution, whose log-probs PPO, REINFORCE and RLOO learn "
+    "from: penalties, truncation and beams would change it"
+)
 
 
 def _unknown_key(stage: str, key: str) -> str:
     others = [other for other in PROGRAMS if value_type(other, key) is not None]
+    decodes = {"decoding", *typing.get_type_hints(Decoding)} - {"name"}
+    reason = f". {OWN_DISTRIBUTION}" if stage == "ppo" and key.split(".")[0] in decodes else ""
     if others:
-        said = f"{key} is not a key of stage {stage}, but of {', '.join(others)}"
-        return ". ".join([said, *filter(None, [REASONS.get(f"{stage} {key.split('.')[0]}")])])
-    return f"{key} is not a key of stage {stage}; {hint(key, all_keys(stage))}".rstrip("; ")
+        return f"{key} is not a key of stage {stage}, but of {', '.join(others)}{reason}"
+    return f"{key} is not a key of stage {stage}; {hint(key, all_keys(stage))}".rstrip("; ") + reason
 
 
 def _keys_of(kind: Any, prefix: str = "") -> list[str]:

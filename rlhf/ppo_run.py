@@ -18,6 +18,7 @@ from torch import Tensor
 from rlhf.batches import Experience, Rollout
 from rlhf.checkpoint import StageFolder
 from rlhf.checks import Check, all_passed, print_checks
+from rlhf.decoding import Decoding
 from rlhf.engine import Engine
 from rlhf.experience import (
     MissingEos,
@@ -40,7 +41,6 @@ from rlhf.pretraining_mix import PretrainingMix
 from rlhf.processes import by_main
 from rlhf.records import Demonstration, PromptRecord
 from rlhf.rewards import RewardModelScorer, build_scorer, score_samples
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
 from rlhf.text import TextCodec
 from rlhf.training_state import (

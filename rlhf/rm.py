@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from rlhf.checkpoint import StageFolder
+from rlhf.decoding import Decoding
 from rlhf.engine import Engine
 from rlhf.metrics import MetricLog, progress
 from rlhf.models.adapters import add_lora, uses_lora
@@ -25,7 +26,6 @@ from rlhf.models.loading import head, load_causal_lm, load_options, new_reward_m
 from rlhf.models.sharded import shard
 from rlhf.numerics.ranking import ranking_loss
 from rlhf.records import RankedList
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
 from rlhf.text import TextCodec
 from rlhf.training import SharedSteps, attach_log, trainer_arguments

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf.checkpoint import StageFolder
 from rlhf.checks import Check
+from rlhf.decoding import Decoding
 from rlhf.engine import Engine
 from rlhf.exposure.scheduled_sampling import ScheduledSampling
 from rlhf.metrics import MetricLog
@@ -27,8 +28,8 @@ from rlhf.models.loading import load_causal_lm, load_options
 from rlhf.models.sharded import shard
 from rlhf.numerics.logprobs import token_logprobs
 from rlhf.records import Demonstration
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
+from rlhf.sampling.sampler import evaluating
 from rlhf.text import Encoded, TextCodec
 from rlhf.training import SharedSteps, attach_log, trainer_arguments
 
@@ -89,16 +90,18 @@ class ResponseTrainer(SharedSteps, SFTTrainer):
     ) -> None:
         super().__init__(**arguments)
         self.engine, self.scheduled = engine, scheduled
+        self.last_share = 1.0
 
     def gold_share(self) -> float:
         """The share of gold tokens among the inputs of the optimizer step that is due."""
         if self.scheduled is None or not torch.is_grad_enabled():
             return 1.0
-        return self.scheduled.gold_share(self.state.global_step, self.state.max_steps)
+        self.last_share = self.scheduled.gold_share(self.state.global_step, self.state.max_steps)
+        return self.last_share
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the share of gold tokens too, where it falls."""
-        more = {"gold_share": self.gold_share()} if self.scheduled is not None and "loss" in logs else {}
+        """Log the share of gold tokens in the last step too, where it falls."""
+        more = {"gold_share": self.last_share} if self.scheduled is not None and "loss" in logs else {}
         super().log({**logs, **more}, start_time)
 
     def compute_loss(
@@ -122,7 +125,8 @@ class ResponseTrainer(SharedSteps, SFTTrainer):
             predict = functools.partial(self._logits, model, mask[index], rows, columns)
             given = tokens[index]
             if scheduled is not None and draws is not None:
-                given = scheduled.mixed(predict, given, (rows, columns + 1), draws[index], share)
+                with evaluating(model):
+                    given = scheduled.mixed(predict, given, (rows, columns + 1), draws[index], share)
             total = total - weight * token_logprobs(predict(given), labels[index][rows, columns]).sum()
         return self.of_all(total / (num_items_in_batch or (labels != IGNORED_LABEL).sum()))
 

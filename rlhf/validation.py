@@ -8,11 +8,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.decoding import Decoding, decoding_in, system_decoding
 from rlhf.settings import (
     WEIGHTS,
     Adapter,
     CollectConfig,
-    Decoding,
     EvaluateConfig,
     Exposure,
     PPOConfig,
@@ -138,6 +138,7 @@ def check_config(config: StageConfig) -> None:
         _check_exposure(config.exposure)
     if isinstance(config, CollectConfig):
         check_scorer("labeller", config.labeller)
+        _check_draws(config)
         if config.samples_per_prompt < 2:
             raise ValueError(f"samples_per_prompt={config.samples_per_prompt}: ranking needs at least 2")
     if isinstance(config, PPOConfig):
@@ -147,7 +148,7 @@ def check_config(config: StageConfig) -> None:
         for key, spec in (("proxy", config.proxy), ("gold", config.gold)):
             if spec is not None:
                 check_scorer(key, spec)
-        check_systems(config.systems, config.baseline)
+        check_systems(config.systems, config.baseline, decoding_in(config))
 
 
 def check_source(key: str, source: Any) -> None:
@@ -180,7 +181,7 @@ def check_scorer(key: str, spec: dict[str, Any]) -> None:
         _check_parts(key, spec["parts"])
 
 
-def check_systems(systems: dict[str, Any], baseline: str | None) -> None:
+def check_systems(systems: dict[str, Any], baseline: str | None, decoding: Decoding) -> None:
     """Raise ValueError unless every system is a path or {path, best_of, decoding}."""
     if not systems:
         raise ValueError("systems={}: give at least one, for instance systems='{mine: path/to/model}'")
@@ -193,9 +194,11 @@ def check_systems(systems: dict[str, Any], baseline: str | None) -> None:
                 f"{key}={system!r}: give a path, or {{path: ..., best_of: 4, decoding: {{...}}}}"
             )
         _check_keys(key, system, SYSTEM_KEYS)
-        _check_keys(
-            f"{key}.decoding", system.get("decoding") or {}, {field.name for field in fields(Decoding)}
-        )
+        own = system.get("decoding") or {}
+        if not isinstance(own, dict):
+            raise ValueError(f"{key}.decoding={own!r}: give its keys, for instance {{num_beams: 4}}")
+        _check_keys(f"{key}.decoding", own, {field.name for field in fields(Decoding)} - {"max_new_tokens"})
+        system_decoding(name, own, decoding)
     if baseline is not None and baseline not in systems:
         raise ValueError(f"baseline={baseline}: not one of the systems {', '.join(systems)}")
 
@@ -209,6 +212,14 @@ def _check_adapter(adapter: Adapter) -> None:
         raise ValueError(f"{key}={value} without an adapter: give adapter={remedy} as well")
     if adapter.name != "none" and not adapter.r:
         raise ValueError(f"adapter.r=0 with adapter={adapter.name}: at least 1 is expected")
+
+
+def _check_draws(config: CollectConfig) -> None:
+    if not decoding_in(config).draws:
+        raise ValueError(
+            f"decoding={config.decoding.name} draws nothing: all samples of a prompt would be equal, and "
+            "nothing could be ranked; give one that draws, for instance decoding=sample"
+        )
 
 
 def _check_exposure(exposure: Exposure) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rlhf.checks import Check, print_checks
 from rlhf.collect import collect_ranked
+from rlhf.decoding import decoding_in
 from rlhf.engine import build_engine, seed_everything
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters
 from rlhf.records import write_records
 from rlhf.rewards import build_scorer
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
 from stages.common import Stage, resolved
 
@@ -36,7 +36,7 @@ def main(overrides: list[str]) -> None:
         prompts,
         labeller,
         folder.path / "state" / "partial.jsonl",
-        decoding=decoding_of(config.decoding, config.data.max_response_tokens),
+        decoding=decoding_in(config),
         samples_per_prompt=config.samples_per_prompt,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -55,8 +55,3 @@ def main(overrides: list[str]) -> None:
     folder.drop_states()
     print_checks([check])
     print(f"{len(lists)} ranked lists in {folder.path / 'ranked.jsonl'} ({stage.cost_in_words()})")
-
-
-def decoding_of(settings: object, max_new_tokens: int) -> Decoding:
-    """The sampler's settings from the `decoding` group."""
-    return Decoding(max_new_tokens, **{key: value for key, value in vars(settings).items() if key != "name"})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import library_versions
+from rlhf.decoding import decoding_in
 from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.compare import Scored, compare, summarise, verdict
 from rlhf.evaluation.report import print_table, write_report
@@ -27,7 +28,6 @@ from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_pa
 from rlhf.parents import Parent, find_parent, lineage, model_paths
 from rlhf.rewards import build_scorer, checked_scores
 from rlhf.sampling.policy import Policy
-from stages.collect import decoding_of
 from stages.common import Stage, resolved
 
 
@@ -35,7 +35,7 @@ def main(overrides: list[str]) -> None:
     """Write report.json, report.md and plots, and print the table."""
     stage = Stage("evaluate", overrides)
     config, folder = stage.config, stage.folder
-    systems = build_systems(config.systems, decoding_of(config.decoding, config.data.max_response_tokens))
+    systems = build_systems(config.systems, decoding_in(config))
     systems = [System(s.name, resolved(s.path, config.model), s.decoding, s.best_of) for s in systems]
     parents = stage.find_parents()
     for system in systems:  # a name that leads nowhere is found before the first sample

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rlhf.collect import collect_ranked
+from rlhf.decoding import Decoding
 from rlhf.engine import Engine
 from rlhf.models.loading import LoadOptions, load_causal_lm, load_tokenizer
 from rlhf.records import PromptRecord, RankedList, Source, read_records, write_records
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
 from rlhf.sources import tiny_folder
 from rlhf.text import TextCodec

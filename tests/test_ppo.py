@@ -18,6 +18,7 @@ import torch
 from rlhf.batches import Experience, Rollout, join, left_pad
 from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config
+from rlhf.decoding import Decoding
 from rlhf.engine import Engine
 from rlhf.experience import MissingEos, build_experience, experience_metrics, final_scores
 from rlhf.models.roles import Roles, build_roles
@@ -26,7 +27,6 @@ from rlhf.ppo import Learner
 from rlhf.ppo_run import PPORun, build_reward
 from rlhf.records import PromptRecord
 from rlhf.rewards import RewardModelScorer
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.sampler import draw_uniforms, sample
 from rlhf.text import TextCodec
 from tests.models.families import BOS, EOS, PAD, word_tokenizer, write_family

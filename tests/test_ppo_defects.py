@@ -32,13 +32,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf.batches import join, left_pad
+from rlhf.decoding import Decoding
 from rlhf.engine import Engine, seed_everything
 from rlhf.experience import build_experience, experience_metrics
 from rlhf.ppo import Learner
 from rlhf.records import RankedList
 from rlhf.rewards import RewardModelScorer, score_samples
 from rlhf.rm import tokenize
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.sampler import draw_uniforms, sample
 from rlhf.text import TextCodec
 from tests.models.families import EOS, PAD, VOCABULARY, load, word_tokenizer, write_family

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf.batches import Rollout, join, left_pad
+from rlhf.decoding import Decoding
 from rlhf.experience import build_experience
 from rlhf.ppo import Learner
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.sampler import draw_uniforms, sample
 from tests.test_ppo import roles_of, settings
 

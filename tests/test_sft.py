@@ -51,14 +51,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def training(folder: Path, codec: TextCodec, runs: Path, *words: str, eval_rows: Any = None) -> SFT:
+def training(
+    folder: Path,
+    codec: TextCodec,
+    runs: Path,
+    *words: str,
+    eval_rows: Any = None,
+    engine: Engine = ENGINE,
+) -> SFT:
     config = load_config(
         "sft", ["model=tiny", "data=toy", "tracker=none", f"policy={folder}", "batch_size=4", *words]
     )
     rows = tokenize(DEMONSTRATIONS, codec, 64).rows
     stage = StageFolder(str(runs), "run", "sft")
     stage.path.mkdir(parents=True, exist_ok=True)
-    return SFT(config, codec, ENGINE, {"train": rows, "eval": eval_rows or rows}, stage)
+    return SFT(config, codec, engine, {"train": rows, "eval": eval_rows or rows}, stage)
 
 
 def masked_cross_entropy(model: Any, codec: TextCodec) -> torch.Tensor:
@@ -156,6 +163,29 @@ def test_scheduled_sampling_learns_gold_after_mixed_inputs(
             count += len(places)
     assert 0 < num_replaced < count
     assert found.item() == pytest.approx((total / count).item(), abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [
+        (["packing=true"], torch.float32),
+        (["gradient_checkpointing=true"], torch.float32),
+        (["adapter=lora", "adapter.r=4", "adapter.dropout=0.5"], torch.float32),
+        (["adapter=qlora", "adapter.r=4"], torch.bfloat16),
+        ([], torch.bfloat16),
+    ],
+)
+def test_every_weight_learns_from_mixed_inputs(
+    models: dict[str, Path], codec: TextCodec, tmp_path: Path, words: list[str], dtype: torch.dtype
+) -> None:
+    engine = Engine(torch.device("cpu"), dtype)
+    plain, mixed = (
+        gradients(training(models["llama"], codec, tmp_path / name, *own, *words, engine=engine), 1, 1)
+        for name, own in (("plain", ["max_length=64"]), ("mixed", ["max_length=64", *SCHEDULED[2:]]))
+    )
+    assert not torch.allclose(plain[0], mixed[0], atol=1e-3)
+    learns = [bool(each.norm() > 0) for each in plain[1]]
+    assert [bool(each.norm() > 0) for each in mixed[1]] == learns and any(learns)
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -51,7 +51,7 @@ def _kl(scored: Scored, reference: str, **options: int) -> dict[str, Any]:
     known.
     """
     is_best_of_n = scored.system.best_of > 1
-    if is_best_of_n and scored.system.path == reference:
+    if is_best_of_n and scored.system.path == reference and not scored.system.decoding.changes_distribution:
         return {
             "kl": best_of_n_kl(scored.system.best_of),
             "kl_low": None,

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from rlhf.batches import Rollout, join, left_pad
+from rlhf.decoding import Decoding, system_decoding
 from rlhf.files import write_text
 from rlhf.models.forward import response_logprobs
 from rlhf.processes import ALONE
 from rlhf.records import PromptRecord
 from rlhf.rewards import checked_scores
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
 
 
@@ -51,7 +51,7 @@ def build_systems(specs: dict[str, Any], decoding: Decoding) -> list[System]:
     systems = []
     for name, spec in specs.items():
         spec = {"path": spec} if isinstance(spec, str) else spec
-        own = replace(decoding, **(spec.get("decoding") or {}))
+        own = system_decoding(name, spec.get("decoding"), decoding)
         systems.append(System(name, spec["path"], own, int(spec.get("best_of") or 1)))
     return systems
 
@@ -83,7 +83,7 @@ def generate(  # noqa: PLR0913 (a system with its policy, what it answers, and h
     assert system.best_of == 1 or proxy is not None, system
     processes, by_itself = policy.engine.processes, replace(policy.engine, processes=ALONE)
     own = replace(policy, engine=by_itself)
-    per_batch = max(1, batch_size // system.best_of)
+    per_batch = max(1, batch_size // (system.best_of * system.decoding.num_beams))
     starts = range(0, len(records), per_batch)
 
     def sampled(start: int) -> list[Generation]:

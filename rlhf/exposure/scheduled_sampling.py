@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf.sampling.decoding import Decoding
+from rlhf.decoding import Decoding
 from rlhf.sampling.sampler import choose_tokens
 
 BISECTIONS = 100
@@ -60,11 +60,12 @@ class ScheduledSampling:
         self.step, self.num_rows = -1, 0
 
     def gold_share(self, step: int, steps: int) -> float:
-        """The share of gold tokens after `step` of `steps` optimizer steps; a linear one ends at `end`."""
+        """The share of gold tokens in a run's step 0, ..., steps - 1: 1 in the first one, or near it, never
+        below `end`, and without a `k` just that in the last one.
+        """
         settings = self.settings
-        k = settings.k or slope(settings.schedule, end=settings.end, steps=steps)
-        share = gold_share(settings.schedule, step, k=k)
-        return max(share, settings.end) if settings.schedule == "linear" else share
+        k = settings.k or slope(settings.schedule, end=settings.end, steps=max(1, steps - 1))
+        return max(gold_share(settings.schedule, step, k=k), settings.end)
 
     def draws(self, step: int, num_rows: int, length: int) -> Tensor:
         """Uniform numbers (B, L, 2) in float64 for the step's next B rows: whether a token stays, which takes

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf.batches import PromptBatch
-from rlhf.sampling.decoding import Decoding, penalised
+from rlhf.decoding import Decoding
+from rlhf.sampling.decoding import check_finite, penalised
 
 
 class _Penalties(LogitsProcessor):
@@ -21,6 +22,7 @@ class _Penalties(LogitsProcessor):
         self.starts = [width] * len(padding) if decoding.penalty_scope == "response" else padding.tolist()
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        check_finite(scores)
         rows = zip(input_ids.tolist(), self.starts, strict=True)
         return penalised(scores, [tokens[start:] for tokens, start in rows], self.decoding)
 

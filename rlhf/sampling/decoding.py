@@ -1,4 +1,4 @@
-"""How the next token is chosen: penalties on what was said before, and truncations of the distribution.
+"""Penalties on what was said before, and truncations of the distribution that the next token is drawn from.
 
 B sequences, V vocabulary.
 """
@@ -6,73 +6,20 @@ B sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rlhf.decoding import Decoding
 
-@dataclass(frozen=True)
-class Decoding:
-    """Sampling from the model's own distribution, unless something else is said.
 
-    `repetition_penalty` and `no_repeat_ngram_size` see the response alone, or with penalty_scope="all"
-    the prompt before it too. With `num_beams` above 1 the response of the highest log-prob / length ^
-    `length_penalty` is searched for.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    greedy: bool = False
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    penalty_scope: str = "response"
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        limits = (
-            ("max_response_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            (
-                "temperature",
-                self.temperature,
-                self.temperature > 0,
-                "above 0; greedy decoding is decoding=greedy",
-            ),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
-            (
-                "no_repeat_ngram_size",
-                self.no_repeat_ngram_size,
-                self.no_repeat_ngram_size >= 0,
-                "0 (off) or more",
-            ),
-            (
-                "penalty_scope",
-                self.penalty_scope,
-                self.penalty_scope in ("response", "all"),
-                "response or all",
-            ),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 (off) to 1"),
-            ("typical_p", self.typical_p, 0 < self.typical_p <= 1, "above 0 and at most 1 (off)"),
-            ("num_beams", self.num_beams, self.num_beams >= 1, "at least 1"),
+def check_finite(logits: Tensor) -> None:
+    """Raise ValueError unless every row (B, V) has a likeliest token."""
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise ValueError(
+            "the model's logits are not finite: its weights have blown up, or engine.dtype is too coarse for "
+            "them; go on from an earlier checkpoint with a lower learning_rate"
         )
-        for name, value, right, remedy in limits:
-            if not right:
-                raise ValueError(f"{name}={value}: it must be {remedy}")
-        drawn = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
-        for name, off in drawn.items():
-            value = getattr(self, name)
-            if self.num_beams > 1 and value != off:
-                raise ValueError(
-                    f"{name}={value} with num_beams={self.num_beams}: beam search draws nothing; "
-                    f"set {name}={off}, or num_beams=1"
-                )
 
 
 def penalised(logits: Tensor, seen: Sequence[list[int]], decoding: Decoding) -> Tensor:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.batches import Rollout, join, left_pad
+from rlhf.decoding import Decoding
 from rlhf.engine import Engine
 from rlhf.models.packed import packed
 from rlhf.models.roles import adapters_merged
 from rlhf.models.sharded import whole_copy
 from rlhf.records import Prompt
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.sampler import draw_uniforms, sample
 from rlhf.text import TextCodec
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rlhf.batches import PromptBatch, Rollout, join, left_pad, position_ids
+from rlhf.decoding import Decoding
 from rlhf.models.loading import logits_of, trunk
 from rlhf.sampling import replay
 from rlhf.sampling.beam import beam_search
 from rlhf.sampling.cache import new_cache
-from rlhf.sampling.decoding import Decoding, penalised, truncated
+from rlhf.sampling.decoding import check_finite, penalised, truncated
 
 # Copying the cache costs about as much as a step saves once this share of its rows has ended.
 SHARE_ENDED_BEFORE_DROP = 0.1
@@ -60,7 +61,7 @@ def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and
     """
     assert uniforms.shape == (len(prompts), decoding.max_new_tokens), uniforms.shape
     batch = left_pad(prompts, pad_token_id, device=model.device)
-    with _evaluating(model):
+    with evaluating(model):
         if decoding.num_beams > 1:
             responses = beam_search(model, batch, decoding, eos_token_id, pad_token_id)
             logprobs = [[0.0] * len(tokens) for tokens in responses]  # as greedy: nothing is drawn
@@ -105,7 +106,7 @@ def _generate(
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Leave training mode for a while: with gradient checkpointing a model in it ignores the cache."""
     if not model.training:
         yield
@@ -140,11 +141,7 @@ def _draw(
     logits: Tensor, uniforms: Tensor, decoding: Decoding, seen: Sequence[list[int]]
 ) -> tuple[Tensor, Tensor]:
     logits = penalised(logits, seen, decoding)
-    if not bool(logits.amax(-1).isfinite().all()):
-        raise ValueError(
-            "the model's logits are not finite: its weights have blown up, or engine.dtype is too coarse for "
-            "them; go on from an earlier checkpoint with a lower learning_rate"
-        )
+    check_finite(logits)
     if decoding.greedy:
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])
     if decoding.temperature != 1.0:

@@ -4,15 +4,16 @@ from typing import Any
 
 import pytest
 
+from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored, compare, summarise, verdict
 from rlhf.evaluation.systems import Generation, System
-from rlhf.sampling.decoding import Decoding
 
 OPTIONS = {"num_bootstrap": 300, "seed": 0}
 
 
 def scored(name: str, gold: list[float] | None, **more: Any) -> Scored:
-    system = System(name, more.pop("path", name), Decoding(8), more.pop("best_of", 1))
+    decoding = Decoding(8, **more.pop("decoding", {}))
+    system = System(name, more.pop("path", name), decoding, more.pop("best_of", 1))
     texts = more.pop("tokens", [[1, 2, 3]] * 4)
     generations = [Generation("p", "r", tokens, ended=i > 0, logprob=-1.0) for i, tokens in enumerate(texts)]
     return Scored(system, generations, more.pop("proxy", None), gold, more.pop("log_ratios", None))
@@ -72,6 +73,13 @@ def test_best_of_n_of_the_reference_has_its_bound_and_of_another_policy_no_kl() 
     entry = summarise(best, reference="sft", **OPTIONS)
     assert entry["kl"] == pytest.approx(0.636294) and entry["kl_is_bound"]  # ln 4 - 3/4
     entry = summarise(best, reference="another", **OPTIONS)
+    assert entry["kl"] is None and not entry["kl_is_bound"]
+
+
+@pytest.mark.parametrize("decoding", [{"min_p": 0.1}, {"num_beams": 4}, {"no_repeat_ngram_size": 3}])
+def test_best_of_n_that_is_not_drawn_from_the_reference_has_no_bound(decoding: dict[str, Any]) -> None:
+    best = scored("best", None, path="sft", best_of=4, decoding=decoding)
+    entry = summarise(best, reference="sft", **OPTIONS)
     assert entry["kl"] is None and not entry["kl_is_bound"]
 
 

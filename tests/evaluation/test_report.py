@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored, compare, summarise, verdict
 from rlhf.evaluation.report import print_table, table_rows, training_rows, write_report
 from rlhf.evaluation.systems import Generation, System
-from rlhf.sampling.decoding import Decoding
 
 HOSTILE = (
     "<script>alert(1)</script>",

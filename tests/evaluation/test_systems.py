@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.decoding import Decoding
 from rlhf.engine import Engine
 from rlhf.evaluation.systems import (
     Generation,
@@ -22,7 +23,6 @@ from rlhf.metrics import progress
 from rlhf.models.loading import LoadOptions, load_causal_lm, load_tokenizer
 from rlhf.processes import Processes
 from rlhf.records import PromptRecord
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.policy import Policy
 from rlhf.sources import tiny_folder
 from rlhf.text import TextCodec

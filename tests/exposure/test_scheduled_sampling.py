@@ -57,16 +57,16 @@ def test_schedules_have_the_golden_values(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("steps", [1, 30, 5000])
+@pytest.mark.parametrize("steps", [2, 30, 5000])
 @pytest.mark.parametrize("end", [0.05, 0.25, 0.9])
 def test_a_schedule_without_k_falls_to_its_end_with_the_last_step(
     schedule: str, steps: int, end: float
 ) -> None:
     one = sampling(schedule=schedule, end=end)
-    shares = [one.gold_share(step, steps) for step in range(steps + 1)]
+    shares = [one.gold_share(step, steps) for step in range(steps)]
     assert shares[-1] == pytest.approx(end, abs=1e-6)
     assert all(later < earlier for earlier, later in itertools.pairwise(shares))
-    k = slope(schedule, end=end, steps=steps)
+    k = slope(schedule, end=end, steps=steps - 1)
     # by the definitions, where the number is not too large to be written down
     expected = {"linear": 1.0, "exponential": 1.0, "inverse_sigmoid": k / (k + 1)}
     assert shares[0] == pytest.approx(expected[schedule])
@@ -75,6 +75,13 @@ def test_a_schedule_without_k_falls_to_its_end_with_the_last_step(
 def test_steps_too_many_for_an_exponential_function_give_no_gold() -> None:
     assert gold_share("inverse_sigmoid", 1e6, k=1.0) == 0.0
     assert gold_share("exponential", 1e6, k=0.5) == 0.0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_schedule_falls_below_its_end(schedule: str) -> None:
+    one = sampling(schedule=schedule, k=0.5 if schedule != "inverse_sigmoid" else 2.0, end=0.2)
+    assert one.gold_share(50, 1000) == 0.2
+    assert one.gold_share(0, 1) > 0.6, "a run of one step"
 
 
 def test_a_linear_schedule_with_a_k_stops_at_its_end() -> None:

@@ -16,7 +16,7 @@ from rlhf.models.forward import logits_at
 from rlhf.models.sharded import root_of, shard, unsharded
 from rlhf.processes import processes
 from rlhf.sampling.policy import ready_to_sample
-from rlhf.sampling.decoding import Decoding
+from rlhf.decoding import Decoding
 from rlhf.sampling.sampler import draw_uniforms, sample
 from rlhf.models.loading import LoadOptions, load_causal_lm
 from types import SimpleNamespace

@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from rlhf.batches import Rollout
+from rlhf.decoding import Decoding
 from rlhf.engine import Engine
 from rlhf.models.forward import response_logprobs
-from rlhf.sampling.decoding import Decoding, forbid_repeated_ngrams, penalised, truncated
+from rlhf.sampling.decoding import forbid_repeated_ngrams, penalised, truncated
 from rlhf.sampling.policy import Policy
 from rlhf.sampling.sampler import draw_uniforms, sample
 from rlhf.text import TextCodec
@@ -130,6 +131,7 @@ def test_beams_find_what_those_of_transformers_find(folder: Path, family: str) -
     theirs_model = AutoModelForCausalLM.from_pretrained(
         folder / family, attn_implementation=attention_of(family)
     ).eval()
+    found_by: dict[str, list[list[int]]] = {}
     for name, ours, theirs in (
         ("plain", {}, {}),
         (
@@ -137,7 +139,7 @@ def test_beams_find_what_those_of_transformers_find(folder: Path, family: str) -
             {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "penalty_scope": "all"},
             {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2},
         ),
-        ("short", {"length_penalty": 0.2}, {"length_penalty": 0.2}),
+        ("short", {"length_penalty": -2.0}, {"length_penalty": -2.0}),
     ):
         found = sampled(model, SAME_LENGTH, num_beams=4, eos=EOS, **ours).responses()
         settings = {"num_beams": 4, "max_new_tokens": LENGTH, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -146,14 +148,18 @@ def test_beams_find_what_those_of_transformers_find(folder: Path, family: str) -
         )[:, 5:]
         for mine, row in zip(found, expected.tolist(), strict=True):
             assert mine == (row[: row.index(EOS) + 1] if EOS in row else row), name
+        found_by[name] = found
+    assert found_by["plain"] != found_by["penalised"]
 
 
-def test_beams_of_padded_prompts_are_those_of_each_alone(llama: Any) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams_of_padded_prompts_are_those_of_each_alone(folder: Path, family: str) -> None:
+    model = load(folder, family)
     settings: dict[str, Any] = {"num_beams": 3, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
     for scope in ("response", "all"):
-        together = sampled(llama, PROMPTS, eos=EOS, penalty_scope=scope, **settings).responses()
+        together = sampled(model, PROMPTS, eos=EOS, penalty_scope=scope, **settings).responses()
         alone = [
-            sampled(llama, [prompt], eos=EOS, penalty_scope=scope, **settings).responses()[0]
+            sampled(model, [prompt], eos=EOS, penalty_scope=scope, **settings).responses()[0]
             for prompt in PROMPTS
         ]
         assert together == alone
@@ -181,6 +187,22 @@ def test_beams_find_likelier_responses_than_greedy_choices(llama: Any) -> None:
     assert (beams >= greedy - 1e-4).all() and (beams > greedy + 1e-2).any()
 
 
+def test_beams_end_at_their_first_eos(llama: Any) -> None:
+    said = [token for tokens in sampled(llama, PROMPTS, num_beams=3).responses() for token in tokens]
+    eos = max(set(said), key=said.count)
+    found = sampled(llama, PROMPTS, num_beams=3, eos=eos).responses()
+    assert any(tokens[-1] == eos for tokens in found)
+    assert all(eos not in tokens[:-1] for tokens in found)
+
+
+def test_beams_do_not_search_among_numbers_that_are_none(folder: Path) -> None:
+    model = load(folder, "llama")
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"^the model's logits are not finite"):
+        sampled(model, PROMPTS, num_beams=2)
+
+
 def test_a_checkpoints_own_generation_settings_do_not_count(folder: Path) -> None:
     model = load(folder, "llama")
     expected = sampled(model, PROMPTS, num_beams=3).responses()
@@ -197,8 +219,11 @@ def test_a_checkpoints_own_generation_settings_do_not_count(folder: Path) -> Non
         ({"typical_p": 0}, "typical_p=0: it must be above 0"),
         ({"num_beams": 0}, "num_beams=0: it must be at least 1"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1: it must be 0 (off) or more"),
-        ({"num_beams": 4, "temperature": 0.7}, "temperature=0.7 with num_beams=4: beam search draws nothing"),
-        ({"num_beams": 4, "min_p": 0.1}, "set min_p=0.0, or num_beams=1"),
+        ({"num_beams": 4, "temperature": 0.7}, "temperature=0.7 with num_beams=4, which draws nothing"),
+        ({"num_beams": 4, "greedy": True}, "num_beams=4 with greedy=true: give one of them"),
+        ({"greedy": True, "top_p": 0.9}, "top_p=0.9 with greedy=true, which draws nothing"),
+        ({"length_penalty": 2.0}, "length_penalty=2.0 is for beams"),
+        ({"num_beams": 4, "min_p": 0.1}, "set min_p=0.0"),
     ],
 )
 def test_a_mistake_is_answered_with_key_value_and_remedy(settings: dict[str, Any], message: str) -> None:

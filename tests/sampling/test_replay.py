@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.decoding import Decoding
 from rlhf.models.loading import LoadOptions, load_causal_lm
 from rlhf.sampling import replay
-from rlhf.sampling.decoding import Decoding
 from rlhf.sampling.sampler import draw_uniforms, sample
 from tests.models.families import PAD, write_family
 

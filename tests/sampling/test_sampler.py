@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from rlhf.batches import Rollout, left_pad
+from rlhf.decoding import Decoding
 from rlhf.engine import Engine
 from rlhf.models.forward import response_logprobs
-from rlhf.sampling.decoding import Decoding, penalise_repetition
+from rlhf.sampling.decoding import penalise_repetition
 from rlhf.sampling.policy import Policy, ready_to_sample
 from rlhf.sampling.sampler import choose_tokens, draw_uniforms, sample
 from rlhf.text import TextCodec
