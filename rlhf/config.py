@@ -20,8 +20,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from rlhf.deepspeed_config import check_deepspeed
+from rlhf.hints import hint
 from rlhf.settings import STAGE_CONFIGS, BenchConfig, Decoding, StageConfig
-from rlhf.validation import check_config, hint
+from rlhf.validation import check_config
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_DIR / "configs"

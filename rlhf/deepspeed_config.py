@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.hints import hint
 from rlhf.settings import MAX_GRAD_NORM
-from rlhf.validation import hint
 
 AUTO = "auto"  # what a file of Hugging Face's leaves to the program that reads it
 

@@ -148,7 +148,10 @@ def tokens_to_process(stage: str, config: Any) -> float | None:
     """Return the work in forward-token units (a backward pass counts as 2), or None where it is open."""
     prompt, response = config.data.max_prompt_tokens, config.data.max_response_tokens
     if stage == "sft":
-        return None if config.examples is None else 3 * config.epochs * config.examples * config.max_length
+        passes = 3 + (config.exposure.passes or 0)
+        return (
+            None if config.examples is None else passes * config.epochs * config.examples * config.max_length
+        )
     if stage == "rm":
         lists = config.data.budget.collect_prompts if config.data.ranked.train is None else None
         return None if lists is None else 3 * config.epochs * lists * LIST_LENGTH * config.max_length

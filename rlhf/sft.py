@@ -96,8 +96,7 @@ class ResponseTrainer(SharedSteps, SFTTrainer):
         """The share of gold tokens among the inputs of the optimizer step that is due."""
         if self.scheduled is None or not torch.is_grad_enabled():
             return 1.0
-        self.last_share = self.scheduled.gold_share(self.state.global_step, self.state.max_steps)
-        return self.last_share
+        return self.scheduled.gold_share(self.state.global_step, self.state.max_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the share of gold tokens in the last step too, where it falls."""
@@ -117,7 +116,8 @@ class ResponseTrainer(SharedSteps, SFTTrainer):
         labels, tokens, mask = inputs["labels"][:, 1:], inputs["input_ids"], inputs["attention_mask"].bool()
         total = torch.zeros((), device=tokens.device, requires_grad=torch.is_grad_enabled())
         rounds = self.engine.processes.rounds(self.engine.micro_batches(mask.sum(1).tolist()))
-        scheduled, share, draws = self.scheduled, self.gold_share(), None
+        scheduled, draws = self.scheduled, None
+        share = self.last_share = self.gold_share()
         if scheduled is not None and share < 1:
             draws = scheduled.draws(self.state.global_step, *tokens.shape)
         for index, weight in rounds:

@@ -1,14 +1,13 @@
-"""Which values of a configuration are refused, and how a misspelt word finds the right one."""
+"""Which values of a configuration are refused."""
 
-import difflib
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf.decoding import Decoding, decoding_in, system_decoding
+from rlhf.hints import hint
 from rlhf.settings import (
     WEIGHTS,
     Adapter,
@@ -101,29 +100,6 @@ SCORER_KEYS = {
 }
 SOURCE_KEYS = {"path", "split", "subset", "part", "limit", "revision", "columns"}
 SYSTEM_KEYS = {"path", "decoding", "best_of"}
-
-
-def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """Return the candidate most like `word`, or None where none is like it.
-
-    A dotted candidate is compared as a whole and by its last part, so that `coef` finds `kl.coef`.
-    """
-
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, word, candidate).ratio()
-        last = difflib.SequenceMatcher(None, word.split(".")[-1], candidate.split(".")[-1]).ratio()
-        begins = 0.7 if len(word) >= 3 and candidate.startswith(word) else 0.0
-        initials = "".join(part[:1] for part in candidate.split("_"))
-        return max(whole, 0.95 * last, begins, 0.9 if len(word) > 1 and word == initials else 0.0)
-
-    best = max(candidates, key=likeness, default="")
-    return best if best and likeness(best) >= 0.6 else None
-
-
-def hint(word: str, candidates: Iterable[str]) -> str:
-    """Return `did you mean …? ` for an error message, or an empty string."""
-    best = nearest(word, candidates)
-    return f"did you mean {best}? " if best else ""
 
 
 def check_config(config: StageConfig) -> None:

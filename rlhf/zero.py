@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rlhf.hints import hint
 from rlhf.processes import Processes
 from rlhf.settings import WEIGHTS, zero_stage
-from rlhf.validation import hint
 
 T = TypeVar("T")
 

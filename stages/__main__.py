@@ -73,7 +73,7 @@ def say(text: str) -> None:
 def read_words(words: list[str]) -> tuple[str, list[str]]:
     """Part the words into the stage and its settings. Raises ValueError naming the nearest stage."""
     from rlhf.config import PROGRAMS
-    from rlhf.validation import hint, nearest
+    from rlhf.hints import hint, nearest
 
     known = ("all", *PROGRAMS, "test")
     named = [word.partition("=")[2] for word in words if word.startswith("stage=")]

@@ -16,9 +16,9 @@ from typing import Any
 from rlhf.checkpoint import library_versions
 from rlhf.config import PROJECT_DIR, group_choices, load_config
 from rlhf.files import write_text
+from rlhf.hints import hint
 from rlhf.metrics import progress
 from rlhf.sources import fetch_wheel, nearest_existing, resolve_model
-from rlhf.validation import hint
 from stages.launch import Place, start
 
 TRL_PPO_WHEEL = ("trl", "1.12.0", "9c8f117b21a941edbc85744f5a341c9453d38e81f24ae81d3c6e9b9ca3b96409")

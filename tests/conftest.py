@@ -23,6 +23,17 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny model and reward model of every family, for tests to read."""
+    from tests.models.families import FAMILIES, write_family
+
+    path = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        write_family(path, family)
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a finished run of all stages on the tiny model, for tests to read or copy."""
     from tests.stage_runs import run_chain

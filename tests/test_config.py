@@ -21,7 +21,7 @@ from rlhf.config import (
     split_overrides,
     value_type,
 )
-from rlhf.validation import nearest
+from rlhf.hints import nearest
 
 # What the files that leave something to the user need.
 NEEDED = {

@@ -33,6 +33,7 @@ LAYERS = {
     "engine": 2,
     "checkpoint": 2,
     "files": 1,
+    "hints": 1,
     "decoding": 1,
     "parents": 2,
     "processes": 1,

@@ -29,19 +29,11 @@ from rlhf.models.loading import (
     num_parameters,
     same_tokenizer,
 )
-from tests.models.families import BOS, EOS, FAMILIES, PAD, attention_of, load, write_family
+from tests.models.families import BOS, EOS, FAMILIES, PAD, attention_of, load
 
 PROMPTS = [[BOS, 5, 9, 30, 12, 7, 40], [8], [BOS, 22, 6], [31, 11, 19, 4, 25]]
 RESPONSES = [[13, 44, EOS], [17, 9, 9, 21, 35, 6, 28, 41], [20], [33, 15, 27, 18, EOS]]
 TEMPERATURE = 0.7
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("families")
-    for family in FAMILIES:
-        write_family(path, family)
-    return path
 
 
 def options(family: str, **more: Any) -> LoadOptions:
@@ -62,10 +54,10 @@ def padded_further(batch: Rollout, left: int, right: int) -> Rollout:
     return Rollout(wide(batch.tokens, PAD), wide(batch.attention_mask, 0), response_mask)
 
 
-def naive_logprobs(folder: Path, family: str) -> tuple[list[Tensor], list[Tensor]]:
+def naive_logprobs(families: Path, family: str) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probs and entropies of the responses by transformers' own head, row by row, without padding."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder / family, attn_implementation=attention_of(family)
+        families / family, attn_implementation=attention_of(family)
     ).eval()
     logprobs, entropies = [], []
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
@@ -87,12 +79,12 @@ def gradient(model: Any, pieces: list[Rollout], weights: list[Tensor]) -> Tensor
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_and_entropies_are_those_of_a_naive_forward(folder: Path, family: str) -> None:
-    expected_logprobs, expected_entropies = naive_logprobs(folder, family)
+def test_logprobs_and_entropies_are_those_of_a_naive_forward(families: Path, family: str) -> None:
+    expected_logprobs, expected_entropies = naive_logprobs(families, family)
     batch = rollout()
     with torch.no_grad():
         logprobs, entropies = response_logprobs_and_entropy(
-            load(folder, family), batch, temperature=TEMPERATURE
+            load(families, family), batch, temperature=TEMPERATURE
         )
     mask = batch.response_mask
     torch.testing.assert_close(logprobs[mask], torch.cat(expected_logprobs), rtol=0, atol=1e-5)
@@ -101,8 +93,8 @@ def test_logprobs_and_entropies_are_those_of_a_naive_forward(folder: Path, famil
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_order_and_micro_batches_change_no_value(folder: Path, family: str) -> None:
-    model, critic = load(folder, family), load_reward_model(str(folder / f"{family}-rm"), options(family))
+def test_padding_order_and_micro_batches_change_no_value(families: Path, family: str) -> None:
+    model, critic = load(families, family), load_reward_model(str(families / f"{family}-rm"), options(family))
     head = nn.Linear(critic.score.in_features, 1)
     batch = rollout()
 
@@ -124,11 +116,11 @@ def test_padding_order_and_micro_batches_change_no_value(folder: Path, family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_order_and_micro_batches_change_no_gradient(folder: Path, family: str) -> None:
+def test_padding_order_and_micro_batches_change_no_gradient(families: Path, family: str) -> None:
     # In float64, where rounding (1e-16) cannot hide a difference; 1e-6 is asked relative to the norm. Gemma 2
     # computes its softmax in float32 in any case, and rounds to about 1e-7 of each of many terms.
     single = family == "gemma2"
-    model, bound = (load(folder, family), 2e-6) if single else (load(folder, family).double(), 1e-6)
+    model, bound = (load(families, family), 2e-6) if single else (load(families, family).double(), 1e-6)
     batch = rollout()
     weights = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) * batch.response_mask
     expected = gradient(model, [batch], [weights])
@@ -145,9 +137,9 @@ def test_padding_order_and_micro_batches_change_no_gradient(folder: Path, family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_values_belong_to_the_states_before_the_tokens(folder: Path, family: str) -> None:
+def test_values_belong_to_the_states_before_the_tokens(families: Path, family: str) -> None:
     # values[t] reads the hidden state of the token before response token t, whatever t itself is.
-    critic = load_reward_model(str(folder / f"{family}-rm"), options(family))
+    critic = load_reward_model(str(families / f"{family}-rm"), options(family))
     head = nn.Linear(critic.score.in_features, 1)
     with torch.no_grad():
         values = response_values(critic, head, rollout())
@@ -160,11 +152,11 @@ def test_values_belong_to_the_states_before_the_tokens(folder: Path, family: str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_score_is_read_at_the_last_real_token(folder: Path, family: str) -> None:
+def test_the_score_is_read_at_the_last_real_token(families: Path, family: str) -> None:
     # With EOS (rows 0 and 3) and without (1 and 2), under either side's padding, and with a pad that is EOS.
-    model = load_reward_model(str(folder / f"{family}-rm"), options(family))
+    model = load_reward_model(str(families / f"{family}-rm"), options(family))
     naive = AutoModelForSequenceClassification.from_pretrained(
-        folder / f"{family}-rm", num_labels=1, attn_implementation=attention_of(family)
+        families / f"{family}-rm", num_labels=1, attn_implementation=attention_of(family)
     ).eval()
     rows = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
     with torch.no_grad():
@@ -189,9 +181,9 @@ def batch_with_both_sides(tokens: Tensor, mask: Tensor, pad: int) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_is_off_although_the_configuration_names_it(folder: Path, family: str) -> None:
+def test_dropout_is_off_although_the_configuration_names_it(families: Path, family: str) -> None:
     # Training mode is what gradient checkpointing needs; nothing may be random in it.
-    for model in (load(folder, family), load_reward_model(str(folder / f"{family}-rm"), options(family))):
+    for model in (load(families, family), load_reward_model(str(families / f"{family}-rm"), options(family))):
         batch = rollout()
         with torch.no_grad():
             everywhere = batch.attention_mask.nonzero(as_tuple=True)
@@ -203,8 +195,8 @@ def test_dropout_is_off_although_the_configuration_names_it(folder: Path, family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_new_reward_model_scores_by_a_float32_head(folder: Path, family: str) -> None:
-    model = new_reward_model(str(folder / family), options(family, dtype=torch.bfloat16))
+def test_a_new_reward_model_scores_by_a_float32_head(families: Path, family: str) -> None:
+    model = new_reward_model(str(families / family), options(family, dtype=torch.bfloat16))
     assert model.score.weight.dtype == torch.float32 and model.score.weight.shape[0] == 1
     batch = left_pad(PROMPTS, PAD)
     with torch.no_grad():
@@ -214,11 +206,11 @@ def test_a_new_reward_model_scores_by_a_float32_head(folder: Path, family: str) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_are_counted_without_weights(folder: Path, family: str) -> None:
-    assert num_parameters(str(folder / family)) == load(folder, family).num_parameters()
+def test_parameters_are_counted_without_weights(families: Path, family: str) -> None:
+    assert num_parameters(str(families / family)) == load(families, family).num_parameters()
 
 
-def test_logits_changed_behind_the_head_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_changed_behind_the_head_are_refused(families: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A stand-in for families that scale their logits (Cohere, Granite).
     from transformers import LlamaForCausalLM
 
@@ -231,25 +223,25 @@ def test_logits_changed_behind_the_head_are_refused(folder: Path, monkeypatch: p
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
     with pytest.raises(ValueError, match="LlamaForCausalLM changes its logits after the output layer"):
-        load(folder, "llama")
+        load(families, "llama")
 
 
-def test_the_wrong_kind_of_checkpoint_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+def test_the_wrong_kind_of_checkpoint_is_refused_by_name(families: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"policy=.*llama-rm is a reward model .*; a language model is due here"
     ):
-        load_causal_lm(str(folder / "llama-rm"), LoadOptions())
+        load_causal_lm(str(families / "llama-rm"), LoadOptions())
     with pytest.raises(ValueError, match=r"critic=.*llama is LlamaForCausalLM, without a score head; train"):
-        load_reward_model(str(folder / "llama"), LoadOptions(), key="critic")
+        load_reward_model(str(families / "llama"), LoadOptions(), key="critic")
     with pytest.raises(FileNotFoundError, match="no model folder at"):
         load_causal_lm(str(tmp_path / "absent"), LoadOptions())
     with pytest.raises(FileNotFoundError, match=r"is no model folder: it has no config\.json"):
         load_causal_lm(str(tmp_path), LoadOptions())
 
 
-def test_a_reward_model_without_head_or_with_more_labels_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_reward_model_without_head_or_with_more_labels_is_refused(families: Path, tmp_path: Path) -> None:
     headless = tmp_path / "headless"
-    shutil.copytree(folder / "llama", headless)
+    shutil.copytree(families / "llama", headless)
     config = json.loads((headless / "config.json").read_text(encoding="utf-8"))
     config["architectures"] = ["LlamaForSequenceClassification"]
     (headless / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -257,8 +249,8 @@ def test_a_reward_model_without_head_or_with_more_labels_is_refused(folder: Path
         load_reward_model(str(headless), LoadOptions())
 
 
-def test_a_folder_left_half_written_is_refused(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "llama", tmp_path / "sft" / "model")
+def test_a_folder_left_half_written_is_refused(families: Path, tmp_path: Path) -> None:
+    shutil.copytree(families / "llama", tmp_path / "sft" / "model")
     (tmp_path / "sft" / "config.yaml").write_text("seed: 1\n", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="left half written: its stage did not finish; run it again"):
         load_causal_lm(str(tmp_path / "sft" / "model"), LoadOptions())
@@ -281,11 +273,11 @@ class OwnModel(LlamaForCausalLM):
 
 
 def test_code_out_of_a_checkpoint_runs_only_where_it_is_asked_for(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    families: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     path, marker = tmp_path / "own", tmp_path / "it ran"
-    shutil.copytree(folder / "llama", path)
+    shutil.copytree(families / "llama", path)
     (path / "own.py").write_text(REMOTE_CODE.replace("MARKER", repr(str(marker))), encoding="utf-8")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
@@ -304,22 +296,22 @@ def test_code_out_of_a_checkpoint_runs_only_where_it_is_asked_for(
     assert not marker.exists()
     found = [load_it(load_config("ppo", [*words, "model.trust_remote_code=true"])) for load_it in loaders]
     assert marker.exists() and type(found[-1]).__name__ == "OwnModel"
-    assert found[1] == num_parameters(str(folder / "llama"))
+    assert found[1] == num_parameters(str(families / "llama"))
 
 
-def test_an_attention_kernel_that_the_family_lacks_is_refused(folder: Path) -> None:
+def test_an_attention_kernel_that_the_family_lacks_is_refused(families: Path) -> None:
     with pytest.raises(
         ValueError, match=r"cannot run with model\.attention=sdpa; use model\.attention=eager"
     ):
-        load_causal_lm(str(folder / "gemma2"), LoadOptions(attention="sdpa"))
+        load_causal_lm(str(families / "gemma2"), LoadOptions(attention="sdpa"))
 
 
-def test_tokens_added_behind_the_others_do_not_make_another_tokenizer(folder: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(str(folder / "llama"))
+def test_tokens_added_behind_the_others_do_not_make_another_tokenizer(families: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(families / "llama"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
     tokenizer.save_pretrained(tmp_path / "larger")
-    assert same_tokenizer(str(folder / "llama"), str(tmp_path / "larger"))
+    assert same_tokenizer(str(families / "llama"), str(tmp_path / "larger"))
     text = (tmp_path / "larger" / "tokenizer.json").read_text(encoding="utf-8")
     text = text.replace('"w0"', '"other"')
     (tmp_path / "larger" / "tokenizer.json").write_text(text, encoding="utf-8")
-    assert not same_tokenizer(str(folder / "llama"), str(tmp_path / "larger"))
+    assert not same_tokenizer(str(families / "llama"), str(tmp_path / "larger"))

@@ -20,7 +20,7 @@ from rlhf.models.forward import response_logprobs, response_values, sequence_sco
 from rlhf.models.roles import Roles, adapters_merged, build_roles
 from rlhf.rewards import RewardModelScorer
 from rlhf.text import TextCodec
-from tests.models.families import BOS, EOS, FAMILIES, PAD, attention_of, load, word_tokenizer, write_family
+from tests.models.families import BOS, EOS, FAMILIES, PAD, attention_of, load, word_tokenizer
 
 PROMPTS = [[BOS, 5, 9, 30, 12, 7, 40], [8], [BOS, 22, 6], [31, 11, 19, 4, 25]]
 RESPONSES = [[13, 44, EOS], [17, 9, 9, 21, 35, 6, 28, 41], [20], [33, 15, 27, 18, EOS]]
@@ -28,22 +28,14 @@ ROLLOUT = join(left_pad(PROMPTS, PAD), RESPONSES, PAD)
 ENGINE = Engine(torch.device("cpu"), torch.float32)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("families")
-    for family in FAMILIES:
-        write_family(path, family)
-    return path
-
-
 @functools.cache
 def loaded(adapter: str) -> Any:
     return load_config("ppo", ["model=tiny", "data=toy", f"adapter={adapter}"])
 
 
-def settings(folder: Path, family: str, *, adapter: str = "lora", checkpointing: bool = False) -> Any:
+def settings(families: Path, family: str, *, adapter: str = "lora", checkpointing: bool = False) -> Any:
     config = copy.deepcopy(loaded(adapter))
-    config.policy, config.critic = str(folder / family), str(folder / f"{family}-rm")
+    config.policy, config.critic = str(families / family), str(families / f"{family}-rm")
     config.model.attention = attention_of(family)
     config.gradient_checkpointing = checkpointing
     return config
@@ -82,8 +74,8 @@ def all_gradients(roles: Roles) -> Tensor:
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_policy_and_reference_start_with_kl_exactly_zero(folder: Path, family: str, adapter: str) -> None:
-    roles = build_roles(settings(folder, family, adapter=adapter), ENGINE)
+def test_policy_and_reference_start_with_kl_exactly_zero(families: Path, family: str, adapter: str) -> None:
+    roles = build_roles(settings(families, family, adapter=adapter), ENGINE)
     with torch.no_grad():
         policy, _ = roles.actor_critic.logprobs_and_entropy(ROLLOUT, temperature=0.7)
     reference = roles.reference.logprobs(ROLLOUT, temperature=0.7)
@@ -91,8 +83,8 @@ def test_policy_and_reference_start_with_kl_exactly_zero(folder: Path, family: s
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])
-def test_the_reference_stays_where_the_policy_started(folder: Path, adapter: str) -> None:
-    roles = build_roles(settings(folder, "llama", adapter=adapter), ENGINE)
+def test_the_reference_stays_where_the_policy_started(families: Path, adapter: str) -> None:
+    roles = build_roles(settings(families, "llama", adapter=adapter), ENGINE)
     before = roles.reference.logprobs(ROLLOUT, temperature=1.0)
     stirred(roles.actor_critic.policy)
     assert roles.reference.logprobs(ROLLOUT, temperature=1.0).equal(before)
@@ -105,9 +97,9 @@ def test_the_reference_stays_where_the_policy_started(folder: Path, adapter: str
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])
-def test_values_start_as_the_reward_models_scores(folder: Path, adapter: str) -> None:
+def test_values_start_as_the_reward_models_scores(families: Path, adapter: str) -> None:
     # The value of the state after a whole response would be its score: the same trunk, the same head.
-    roles = build_roles(settings(folder, "llama", adapter=adapter), ENGINE)
+    roles = build_roles(settings(families, "llama", adapter=adapter), ENGINE)
     models = roles.actor_critic
     assert roles.critic_from_reward_model and models.value_head is not None
     continued = join(left_pad(PROMPTS, PAD), [[*row, EOS] for row in RESPONSES], PAD)
@@ -119,9 +111,9 @@ def test_values_start_as_the_reward_models_scores(folder: Path, adapter: str) ->
 
 
 def test_without_a_reward_model_of_the_same_tokenizer_values_start_at_zero(
-    folder: Path, tmp_path: Path
+    families: Path, tmp_path: Path
 ) -> None:
-    config = settings(folder, "llama")
+    config = settings(families, "llama")
     config.critic = None
     roles = build_roles(config, ENGINE)
     with torch.no_grad():
@@ -136,8 +128,8 @@ def test_without_a_reward_model_of_the_same_tokenizer_values_start_at_zero(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merging_for_sampling_leaves_the_base_as_it_was(folder: Path, family: str) -> None:
-    policy = build_roles(settings(folder, family), ENGINE).actor_critic.policy
+def test_merging_for_sampling_leaves_the_base_as_it_was(families: Path, family: str) -> None:
+    policy = build_roles(settings(families, family), ENGINE).actor_critic.policy
     stirred(policy)
     before = fingerprint(policy)
     with torch.no_grad():
@@ -154,8 +146,8 @@ def test_merging_for_sampling_leaves_the_base_as_it_was(folder: Path, family: st
     assert all(p.requires_grad for n, p in policy.named_parameters() if "lora_" in n)
 
 
-def test_merging_is_undone_when_sampling_fails(folder: Path) -> None:
-    policy = build_roles(settings(folder, "gpt2"), ENGINE).actor_critic.policy
+def test_merging_is_undone_when_sampling_fails(families: Path) -> None:
+    policy = build_roles(settings(families, "gpt2"), ENGINE).actor_critic.policy
     stirred(policy)
     before = fingerprint(policy)
     with pytest.raises(KeyboardInterrupt), adapters_merged(policy):
@@ -163,16 +155,16 @@ def test_merging_is_undone_when_sampling_fails(folder: Path) -> None:
     assert fingerprint(policy) == before
 
 
-def test_a_model_without_adapter_needs_no_merge(folder: Path) -> None:
-    model = load(folder, "llama")
+def test_a_model_without_adapter_needs_no_merge(families: Path) -> None:
+    model = load(families, "llama")
     before = fingerprint(model)
     with adapters_merged(model):
         assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reward_scores_do_not_move_when_the_critics_adapter_trains(folder: Path, family: str) -> None:
-    roles = build_roles(settings(folder, family), ENGINE)
+def test_reward_scores_do_not_move_when_the_critics_adapter_trains(families: Path, family: str) -> None:
+    roles = build_roles(settings(families, family), ENGINE)
     critic = roles.actor_critic.critic
     codec = TextCodec(word_tokenizer(), style="plain")
     scorer = RewardModelScorer(critic, codec, ENGINE, name="rm", acting=roles.as_reward)
@@ -195,11 +187,11 @@ def test_reward_scores_do_not_move_when_the_critics_adapter_trains(folder: Path,
 @pytest.mark.parametrize(
     ("family", "adapter"), [*((family, "lora") for family in FAMILIES), ("gpt2", "none"), ("llama", "none")]
 )
-def test_gradient_checkpointing_changes_no_gradient(folder: Path, family: str, adapter: str) -> None:
+def test_gradient_checkpointing_changes_no_gradient(families: Path, family: str, adapter: str) -> None:
     found = []
     for checkpointing in (False, True):
         torch.manual_seed(0)  # the adapters' first matrices are random
-        config = settings(folder, family, adapter=adapter, checkpointing=checkpointing)
+        config = settings(families, family, adapter=adapter, checkpointing=checkpointing)
         roles = build_roles(config, ENGINE)
         if adapter == "lora":
             stirred(roles.actor_critic.policy)
@@ -214,9 +206,9 @@ def test_gradient_checkpointing_changes_no_gradient(folder: Path, family: str, a
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "opt"])
 def test_no_role_has_dropout_although_model_and_adapter_name_it(
-    folder: Path, family: str, checkpointing: bool
+    families: Path, family: str, checkpointing: bool
 ) -> None:
-    config = settings(folder, family, checkpointing=checkpointing)
+    config = settings(families, family, checkpointing=checkpointing)
     config.adapter.dropout = 0.5
     roles = build_roles(config, ENGINE)
     models = roles.actor_critic
@@ -228,8 +220,8 @@ def test_no_role_has_dropout_although_model_and_adapter_name_it(
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])
-def test_the_score_head_that_gives_rewards_does_not_train(folder: Path, adapter: str) -> None:
-    models = build_roles(settings(folder, "llama", adapter=adapter), ENGINE).actor_critic
+def test_the_score_head_that_gives_rewards_does_not_train(families: Path, adapter: str) -> None:
+    models = build_roles(settings(families, "llama", adapter=adapter), ENGINE).actor_critic
     trained = {id(parameter) for parameter in [*models.policy_parameters(), *models.critic_parameters()]}
     assert models.critic is not None and models.value_head is not None
     score = models.critic.get_base_model().score if adapter == "lora" else models.critic.score
@@ -238,11 +230,11 @@ def test_the_score_head_that_gives_rewards_does_not_train(folder: Path, adapter:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_merged_copy_answers_as_the_adapter_did(folder: Path, family: str, tmp_path: Path) -> None:
-    policy = build_roles(settings(folder, family), ENGINE).actor_critic.policy
+def test_a_merged_copy_answers_as_the_adapter_did(families: Path, family: str, tmp_path: Path) -> None:
+    policy = build_roles(settings(families, family), ENGINE).actor_critic.policy
     stirred(policy)
     policy.save_pretrained(tmp_path / "adapter")
-    merged = merged_copy(str(folder / family), tmp_path / "adapter", task="CAUSAL_LM")
+    merged = merged_copy(str(families / family), tmp_path / "adapter", task="CAUSAL_LM")
     assert not isinstance(merged, PeftModel)
     with torch.no_grad():
         expected = response_logprobs(policy, ROLLOUT, temperature=1.0)
@@ -250,11 +242,11 @@ def test_a_merged_copy_answers_as_the_adapter_did(folder: Path, family: str, tmp
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-def test_lora_trains_its_matrices_and_the_score_head_of_a_reward_model(folder: Path) -> None:
+def test_lora_trains_its_matrices_and_the_score_head_of_a_reward_model(families: Path) -> None:
     from rlhf.models.loading import LoadOptions, new_reward_model
 
-    adapter = settings(folder, "llama").adapter
-    model = add_lora(new_reward_model(str(folder / "llama"), LoadOptions()), adapter, task="SEQ_CLS")
+    adapter = settings(families, "llama").adapter
+    model = add_lora(new_reward_model(str(families / "llama"), LoadOptions()), adapter, task="SEQ_CLS")
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert all("lora_" in name or "modules_to_save" in name for name in names)
     assert sum("modules_to_save" in name for name in names) == 1

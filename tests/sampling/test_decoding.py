@@ -23,39 +23,42 @@ from rlhf.engine import Engine
 from rlhf.models.forward import response_logprobs
 from rlhf.sampling.decoding import forbid_repeated_ngrams, penalised, truncated
 from rlhf.sampling.policy import Policy
-from rlhf.sampling.sampler import draw_uniforms, sample
 from rlhf.text import TextCodec
-from tests.models.families import EOS, FAMILIES, PAD, attention_of, load, word_tokenizer, write_family
+from tests.models.families import EOS, FAMILIES, PAD, attention_of, load, word_tokenizer
+from tests.sampling import drawing
+from tests.sampling.drawing import NEVER, PROMPTS
 
-PROMPTS = [[1, 5, 9, 30, 12, 7, 40], [8], [1, 22, 6], [31, 11, 19, 4, 25], [9, 9]]
 SAME_LENGTH = [[1, 5, 9, 30, 12], [8, 8, 3, 41, 8], [31, 11, 19, 4, 25]]
-NEVER = 99  # a token id outside the vocabulary
 LENGTH = 12
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("families")
-    for family in FAMILIES:
-        write_family(path, family)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama(folder: Path) -> Any:
-    return load(folder, "llama")
+def llama(families: Path) -> Any:
+    return load(families, "llama")
 
 
 def sampled(
     model: Any, prompts: list[list[int]], *, seed: int = 0, eos: int = NEVER, **decoding: Any
 ) -> Rollout:
-    uniforms = draw_uniforms(len(prompts), LENGTH, seed)
-    how = Decoding(LENGTH, **decoding)
-    return sample(model, prompts, how, eos_token_id=eos, pad_token_id=PAD, uniforms=uniforms)
+    return drawing.sampled(model, prompts, Decoding(LENGTH, **decoding), seed=seed, eos=eos)
 
 
 def ngrams(tokens: list[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+
+
+def most_said(responses: list[list[int]]) -> int:
+    said = [token for tokens in responses for token in tokens]
+    return max(set(said), key=said.count)
+
+
+def test_a_length_penalty_below_zero_finds_shorter_responses(llama: Any) -> None:
+    eos = most_said(sampled(llama, PROMPTS, num_beams=4).responses())
+    short, long = (
+        sum(map(len, sampled(llama, PROMPTS, num_beams=4, eos=eos, length_penalty=penalty).responses()))
+        for penalty in (-2.0, 4.0)
+    )
+    assert short < long
 
 
 @pytest.mark.parametrize(
@@ -126,11 +129,12 @@ def test_the_scope_of_penalties_is_the_response_or_all(llama: Any, num_beams: in
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_beams_find_what_those_of_transformers_find(folder: Path, family: str) -> None:
-    model = load(folder, family)
+def test_beams_find_what_those_of_transformers_find(families: Path, family: str) -> None:
+    model = load(families, family)
     theirs_model = AutoModelForCausalLM.from_pretrained(
-        folder / family, attn_implementation=attention_of(family)
+        families / family, attn_implementation=attention_of(family)
     ).eval()
+    eos = most_said(sampled(model, SAME_LENGTH, num_beams=4).responses())
     found_by: dict[str, list[list[int]]] = {}
     for name, ours, theirs in (
         ("plain", {}, {}),
@@ -141,20 +145,21 @@ def test_beams_find_what_those_of_transformers_find(folder: Path, family: str) -
         ),
         ("short", {"length_penalty": -2.0}, {"length_penalty": -2.0}),
     ):
-        found = sampled(model, SAME_LENGTH, num_beams=4, eos=EOS, **ours).responses()
-        settings = {"num_beams": 4, "max_new_tokens": LENGTH, "eos_token_id": EOS, "pad_token_id": PAD}
+        found_by[name] = sampled(model, SAME_LENGTH, num_beams=4, eos=eos, **ours).responses()
+        settings = {"num_beams": 4, "max_new_tokens": LENGTH, "eos_token_id": eos, "pad_token_id": PAD}
         expected = theirs_model.generate(
             torch.tensor(SAME_LENGTH), generation_config=GenerationConfig(**settings, **theirs)
         )[:, 5:]
-        for mine, row in zip(found, expected.tolist(), strict=True):
-            assert mine == (row[: row.index(EOS) + 1] if EOS in row else row), name
-        found_by[name] = found
+        for mine, row in zip(found_by[name], expected.tolist(), strict=True):
+            assert mine == (row[: row.index(eos) + 1] if eos in row else row), name
+    lengths = {name: sum(map(len, found)) for name, found in found_by.items()}
     assert found_by["plain"] != found_by["penalised"]
+    assert lengths["short"] <= lengths["plain"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_beams_of_padded_prompts_are_those_of_each_alone(folder: Path, family: str) -> None:
-    model = load(folder, family)
+def test_beams_of_padded_prompts_are_those_of_each_alone(families: Path, family: str) -> None:
+    model = load(families, family)
     settings: dict[str, Any] = {"num_beams": 3, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
     for scope in ("response", "all"):
         together = sampled(model, PROMPTS, eos=EOS, penalty_scope=scope, **settings).responses()
@@ -165,9 +170,9 @@ def test_beams_of_padded_prompts_are_those_of_each_alone(folder: Path, family: s
         assert together == alone
 
 
-def test_beams_see_the_laid_out_weights_of_a_policy(folder: Path) -> None:
+def test_beams_see_the_laid_out_weights_of_a_policy(families: Path) -> None:
     engine = Engine(torch.device("cpu"), torch.float32)
-    policy = Policy(load(folder, "llama"), TextCodec(word_tokenizer(), style="plain"), engine)
+    policy = Policy(load(families, "llama"), TextCodec(word_tokenizer(), style="plain"), engine)
     texts = ["w1 w2 w3", "w30", "w8 w8 w8 w9 w10"]
     decoding = Decoding(LENGTH, num_beams=3, no_repeat_ngram_size=2)
     found = policy.respond(texts, decoding, seed=0)
@@ -188,23 +193,22 @@ def test_beams_find_likelier_responses_than_greedy_choices(llama: Any) -> None:
 
 
 def test_beams_end_at_their_first_eos(llama: Any) -> None:
-    said = [token for tokens in sampled(llama, PROMPTS, num_beams=3).responses() for token in tokens]
-    eos = max(set(said), key=said.count)
+    eos = most_said(sampled(llama, PROMPTS, num_beams=3).responses())
     found = sampled(llama, PROMPTS, num_beams=3, eos=eos).responses()
     assert any(tokens[-1] == eos for tokens in found)
     assert all(eos not in tokens[:-1] for tokens in found)
 
 
-def test_beams_do_not_search_among_numbers_that_are_none(folder: Path) -> None:
-    model = load(folder, "llama")
+def test_beams_do_not_search_among_numbers_that_are_none(families: Path) -> None:
+    model = load(families, "llama")
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match=r"^the model's logits are not finite"):
         sampled(model, PROMPTS, num_beams=2)
 
 
-def test_a_checkpoints_own_generation_settings_do_not_count(folder: Path) -> None:
-    model = load(folder, "llama")
+def test_a_checkpoints_own_generation_settings_do_not_count(families: Path) -> None:
+    model = load(families, "llama")
     expected = sampled(model, PROMPTS, num_beams=3).responses()
     model.generation_config = own = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1)
     assert sampled(model, PROMPTS, num_beams=3).responses() == expected

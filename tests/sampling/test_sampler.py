@@ -17,19 +17,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rlhf.batches import Rollout, left_pad
+from rlhf.batches import left_pad
 from rlhf.decoding import Decoding
 from rlhf.engine import Engine
 from rlhf.models.forward import response_logprobs
 from rlhf.sampling.decoding import penalise_repetition
 from rlhf.sampling.policy import Policy, ready_to_sample
-from rlhf.sampling.sampler import choose_tokens, draw_uniforms, sample
+from rlhf.sampling.sampler import choose_tokens, draw_uniforms
 from rlhf.text import TextCodec
-from tests.models.families import EOS, FAMILIES, PAD, WORDS, attention_of, load, word_tokenizer, write_family
-
-# Prompts of 1 to 7 tokens: every batch has padding on the left.
-PROMPTS = [[1, 5, 9, 30, 12, 7, 40], [8], [1, 22, 6], [31, 11, 19, 4, 25], [9, 9], [1, 40, 13, 17]]
-NEVER = 99  # a token id outside the vocabulary
+from tests.models.families import EOS, FAMILIES, PAD, WORDS, attention_of, load, word_tokenizer
+from tests.sampling.drawing import NEVER, PROMPTS, sampled
 
 # Tokens 0 and 1 are in the response: 2.4 / 1.2 = 2.0, -1.0 * 1.2 = -1.2; token 2 keeps .5.
 PENALTY: dict[str, Any] = {
@@ -41,24 +38,8 @@ PENALTY: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("families")
-    for family in FAMILIES:
-        write_family(path, family)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama(folder: Path) -> Any:
-    return load(folder, "llama")
-
-
-def sampled(
-    model: Any, prompts: list[list[int]], decoding: Decoding, *, seed: int = 0, **more: Any
-) -> Rollout:
-    uniforms = more.pop("uniforms", draw_uniforms(len(prompts), decoding.max_new_tokens, seed))
-    eos = more.pop("eos", EOS)
-    return sample(model, prompts, decoding, eos_token_id=eos, pad_token_id=PAD, uniforms=uniforms)
+def llama(families: Path) -> Any:
+    return load(families, "llama")
 
 
 def common_token(model: Any) -> int:
@@ -71,12 +52,12 @@ def common_token(model: Any) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_hugging_face(folder: Path, family: str) -> None:
-    model = load(folder, family)
+def test_greedy_tokens_are_those_of_hugging_face(families: Path, family: str) -> None:
+    model = load(families, family)
     eos = common_token(model)
     ours = sampled(model, PROMPTS, Decoding(12, greedy=True), eos=eos).responses()
     theirs_model = AutoModelForCausalLM.from_pretrained(
-        folder / family, attn_implementation=attention_of(family)
+        families / family, attn_implementation=attention_of(family)
     ).eval()
     batch = left_pad(PROMPTS, PAD)
     output = theirs_model.generate(
@@ -95,9 +76,9 @@ def test_greedy_tokens_are_those_of_hugging_face(folder: Path, family: str) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_do_not_depend_on_the_rows_beside_them(folder: Path, family: str) -> None:
+def test_rows_do_not_depend_on_the_rows_beside_them(families: Path, family: str) -> None:
     # With an EOS that several rows meet at different steps, rows leave the batch while others go on.
-    model = load(folder, family)
+    model = load(families, family)
     eos = common_token(model)
     uniforms = draw_uniforms(len(PROMPTS), 12, seed=3)
     together = sampled(model, PROMPTS, Decoding(12), uniforms=uniforms, eos=eos)
@@ -112,8 +93,8 @@ def test_rows_do_not_depend_on_the_rows_beside_them(folder: Path, family: str) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equal_prompts_are_computed_once_and_sampled_apart(folder: Path, family: str) -> None:
-    model = load(folder, family)
+def test_equal_prompts_are_computed_once_and_sampled_apart(families: Path, family: str) -> None:
+    model = load(families, family)
     eos = common_token(model)
     prompts = [prompt for prompt in PROMPTS[:3] for _ in range(4)]
     uniforms = draw_uniforms(12, 12, seed=3)
@@ -142,8 +123,8 @@ def test_the_cache_may_grow_in_strides_of_any_size(llama: Any, monkeypatch: pyte
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_behaviour_logprobs_are_the_learners_own(folder: Path, family: str, temperature: float) -> None:
-    model = load(folder, family)
+def test_behaviour_logprobs_are_the_learners_own(families: Path, family: str, temperature: float) -> None:
+    model = load(families, family)
     rollout = sampled(model, PROMPTS, Decoding(16, temperature=temperature))
     with torch.no_grad():
         learner = response_logprobs(model, rollout, temperature=temperature)
@@ -153,8 +134,8 @@ def test_behaviour_logprobs_are_the_learners_own(folder: Path, family: str, temp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float32_weights_under_bfloat16_products_sample_what_they_learn(folder: Path, family: str) -> None:
-    model, engine = load(folder, family), Engine(torch.device("cpu"), torch.bfloat16)
+def test_float32_weights_under_bfloat16_products_sample_what_they_learn(families: Path, family: str) -> None:
+    model, engine = load(families, family), Engine(torch.device("cpu"), torch.bfloat16)
     with ready_to_sample(model, engine):
         rollout = sampled(model, PROMPTS, Decoding(12))
     assert rollout.behaviour_logprobs is not None
@@ -163,8 +144,8 @@ def test_float32_weights_under_bfloat16_products_sample_what_they_learn(folder: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_laid_out_for_sampling_draw_the_same_tokens(folder: Path, family: str) -> None:
-    model = load(folder, family)
+def test_layers_laid_out_for_sampling_draw_the_same_tokens(families: Path, family: str) -> None:
+    model = load(families, family)
     eos = common_token(model)
     expected = sampled(model, PROMPTS, Decoding(12), seed=3, eos=eos)
     with ready_to_sample(model, Engine(torch.device("cpu"), torch.float32)):
@@ -283,9 +264,9 @@ def test_a_response_ends_with_its_first_eos_or_at_the_limit(llama: Any) -> None:
         assert response[-1] == EOS or len(response) == 12
 
 
-def test_sampling_in_training_mode_uses_the_cache(folder: Path) -> None:
+def test_sampling_in_training_mode_uses_the_cache(families: Path) -> None:
     # Gradient checkpointing needs training mode, in which transformers drops the cache without a word.
-    model = load(folder, "llama")
+    model = load(families, "llama")
     expected = sampled(model, PROMPTS, Decoding(12)).responses()
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
