@@ -33,6 +33,7 @@ STORE = "RLHF_STORE"  # our part of the store that a launcher itself holds at AD
 # A process that waits longer than this for the others takes them for dead.
 PATIENCE = datetime.timedelta(hours=6)
 PATIENCE_AT_START = datetime.timedelta(minutes=10)
+PATIENCE_TO_READ = 30.0  # seconds
 SECONDS_IN_SILENCE = 5.0  # of waiting at the start, before it is said
 
 MOST_SAID = 5  # differences between two processes that an error names
@@ -191,6 +192,7 @@ def _meet(store: Any, rank: int, count: int) -> None:
     """Wait until all processes are there; raise ValueError where they were not told of as many, or two have
     the same rank, RuntimeError where they do not come.
     """
+    store.add("come", 1)
     agreed = int(store.compare_set("count", "", str(count)))
     if agreed != count:
         store.set("others", str(count))
@@ -213,7 +215,11 @@ def _meet(store: Any, rank: int, count: int) -> None:
         else:
             time.sleep(0.05)
             continue
-        time.sleep(1)  # until all have read it: the first process holds the store
+        store.add("read", 1)
+        patience = time.monotonic() + PATIENCE_TO_READ
+        # the first process holds the store, which the others read
+        while rank == 0 and store.add("read", 0) < store.add("come", 0) and time.monotonic() < patience:
+            time.sleep(0.05)
         raise ValueError(problem)
 
 

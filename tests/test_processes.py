@@ -8,16 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from rlhf.checkpoint import StageFolder
 from rlhf.config import PROJECT_DIR, load_config
-from rlhf.processes import ADDRESS, ALONE, COUNT, RANK, Processes, by_main
+from rlhf.processes import ADDRESS, ALONE, COUNT, RANK, Processes, _meet, by_main
 from stages.common import make_inputs
 from stages.launch import Place, place_of
 from tests.stage_runs import SMALL, Result, read_lines, run_stage, same_results
@@ -414,6 +416,42 @@ def test_machines_that_have_the_same_rank_find_it_at_once() -> None:
         assert (
             "two processes have come as number 1 of 3: give every machine a machine_rank= of its own" in said
         )
+
+
+class SlowStore:
+    """A store whose reader is late: a machine under load."""
+
+    def __init__(self, store: Any, events: list[str]) -> None:
+        self.store, self.events = store, events
+
+    def get(self, key: str) -> Any:
+        time.sleep(2)
+        found = self.store.get(key)
+        self.events.append("read")
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+def test_the_first_process_stays_until_all_have_read_what_is_wrong() -> None:
+    store, events, said = dist.HashStore(), list[str](), list[str]()
+
+    def meet(rank: int, own: Any) -> None:
+        try:
+            _meet(own, rank, 3)
+        except ValueError as error:
+            said.append(str(error))
+        events.append(f"{rank} left")
+
+    parts = [(0, store), (1, store), (1, SlowStore(store, events))]
+    threads = [threading.Thread(target=meet, args=part) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert events.index("read") < events.index("0 left")
+    assert len(said) == 3 and all("two processes have come as number 1 of 3" in each for each in said)
 
 
 @pytest.mark.slow
