@@ -30,9 +30,10 @@ def collect_ranked(  # noqa: PLR0913 (a policy, its prompts, a labeller, a file,
     """Sample and rank responses, batch by batch; a resumed run keeps the finished batches in `partial`.
 
     The samples of a prompt depend on the seed and its place in `records` alone, so a resumed run collects the
-    same lists.
+    same lists. Of a beam search they are its best responses.
     """
-    prompts_per_batch = max(1, batch_size // samples_per_prompt)
+    prompts_per_batch = max(1, batch_size // max(samples_per_prompt, decoding.num_beams))
+    num_return_sequences = 1 if decoding.num_beams == 1 else samples_per_prompt
     done = _read_partial(partial)
     starts = range(0, len(records), prompts_per_batch)
     bar = progress(
@@ -44,7 +45,10 @@ def collect_ranked(  # noqa: PLR0913 (a policy, its prompts, a labeller, a file,
     for start in list(starts)[len(done) :]:
         batch = records[start : start + prompts_per_batch]
         prompts = [record.prompt for record in batch for _ in range(samples_per_prompt)]
-        responses = policy.respond(prompts, decoding, seed=seed * 1_000_003 + start).responses()
+        seed_of_batch = seed * 1_000_003 + start
+        responses = policy.respond(
+            prompts, decoding, seed=seed_of_batch, num_return_sequences=num_return_sequences
+        ).responses()
         groups = [responses[i : i + samples_per_prompt] for i in range(0, len(responses), samples_per_prompt)]
         lists = [
             _ranked(record, policy.codec, rows, labeller) for record, rows in zip(batch, groups, strict=True)
@@ -59,8 +63,9 @@ def _ranked(
     record: PromptRecord, codec: TextCodec, rows: Sequence[list[int]], labeller: Any
 ) -> dict[str, Any] | None:
     """A prompt's distinct non-empty responses with scores and ranks; None where fewer than two are left."""
-    responses = {codec.decode_response(tokens): tokens for tokens in rows}
-    responses.pop("", None)
+    responses: dict[str, list[int]] = {}
+    for tokens in rows:
+        responses.setdefault(codec.decode_response(tokens), tokens)
     texts = [text for text in responses if text.strip()]
     if len(texts) < 2:
         return None

@@ -51,17 +51,23 @@ def build_experience(  # noqa: PLR0913 (a rollout, its scores, and what they are
     kl_coef: float,
     baseline: Tensor | float | None = None,
     passes: Passes | None = None,
+    gold: Tensor | None = None,
 ) -> Experience:
     """Score a rollout: old and reference log-probs, values, shaped rewards, advantages and returns.
 
     Old log-probs come from the learner's own forward pass. Advantages are whitened over the whole batch.
     `baseline`, of REINFORCE, is a number or one a row (B,); None stands for the batch's mean reward. `passes`
-    are those of `Learner.first_step`, where gradients are wanted of them too.
+    are those of `Learner.first_step`, where gradients are wanted of them too. `gold` (B, R) are tokens that
+    the policy has not drawn: they have no part in KL, reward and whitening, and an advantage of
+    `mixer.xent_coef`, with which their policy gradient is that of cross-entropy.
     """
     models, mask = roles.actor_critic, rollout.response_mask
     scores = scores.to(mask.device)
     passes = passes or Passes(rollout, models, roles.engine, temperature=config.temperature)
     old, ref = policy_and_reference(roles, passes)
+    drawn = mask
+    if gold is not None:
+        drawn, ref = mask & ~gold, torch.where(gold, old, ref)
     rewards = shaped_rewards(old, ref, scores, mask, kl_coef)
     if config.whiten_rewards:
         rewards = whiten(rewards, mask, keep_mean=True)
@@ -75,7 +81,9 @@ def build_experience(  # noqa: PLR0913 (a rollout, its scores, and what they are
         advantages = _sequence_advantages(rewards.sum(1), mask, config, baseline)
         returns = advantages + value
     if config.whiten_advantages:
-        advantages = whiten(advantages, mask)
+        advantages = whiten(advantages, drawn)
+    if gold is not None:
+        advantages = advantages.masked_fill(gold, config.mixer.xent_coef)
     return Experience(rollout, old, ref, value, rewards, advantages, returns, scores)
 
 

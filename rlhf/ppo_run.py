@@ -28,6 +28,7 @@ from rlhf.experience import (
     final_scores,
     policy_and_reference,
 )
+from rlhf.exposure.mixer import Mixer
 from rlhf.files import append_text, new_folder
 from rlhf.interrupts import interrupts_held
 from rlhf.metrics import MetricLog, cut_lines_after, progress
@@ -57,11 +58,11 @@ MEAN_DECAY = 0.9  # of REINFORCE's moving baseline, per update
 EVAL_SEED = 1_000_000_007  # beside the run's own seed, for the choice of held-out prompts
 
 
-def build_reward(config: Any, engine: Engine, roles: Roles) -> Any:
+def build_reward(config: Any, engine: Engine, roles: Roles, prompts: Sequence[PromptRecord] = ()) -> Any:
     """The reward's scorer; a reward model whose trunk another role has too is not loaded again."""
     spec = config.reward
     if roles.reward is None or spec["kind"] != "model" or spec["path"] != config.critic:
-        return build_scorer("reward", spec, config, engine)
+        return build_scorer("reward", spec, config, engine, prompts)
     from rlhf.models.loading import load_codec
 
     codec = load_codec(config.critic, config)
@@ -112,6 +113,7 @@ class PPORun:
             longest = config.data.max_response_tokens
             mix = PretrainingMix(demonstrations, codec, roles.engine.device, max_response_tokens=longest)
         self.learner = Learner(self.models, roles.engine, config, mix=mix)
+        self.mixer = Mixer(config.mixer, self.prompts) if config.mixer.updates else None
         self.mean_reward: float | None = None
         kl = config.kl
         adaptive = kl.controller == "adaptive"
@@ -165,20 +167,29 @@ class PPORun:
         config, started = self.config, time.perf_counter()
         records = self.prompts_of(step)
         seed = config.seed * 1_000_003 + step
-        rollout = self.policy.respond([record.prompt for record in records], self.decoding, seed=seed)
+        rollout, gold = self.respond(records, self.decoding, step=step, seed=seed)
         sampled = time.perf_counter()
         try:
             scores = self.scores(records, rollout)
         except ValueError as error:
             raise ValueError(f"update {step}: {error}") from error
-        baseline = self.baseline(records) if config.algo == "reinforce" else None
+        baseline = self.baseline(records, step) if config.algo == "reinforce" else None
         first = self.learner.first_step(rollout, step=step)
         experience = build_experience(
-            self.roles, rollout, scores, config=config, kl_coef=self.kl.coef, baseline=baseline, passes=first
+            self.roles,
+            rollout,
+            scores,
+            config=config,
+            kl_coef=self.kl.coef,
+            baseline=baseline,
+            passes=first,
+            gold=gold,
         )
         has_critic = self.models.critic is not None
         found = experience_metrics(experience, self.codec.eos_token_id, has_critic=has_critic)
         metrics = {"kl_coef": self.kl.coef, **found}
+        if gold is not None:
+            metrics["gold_share"] = float(gold.sum() / rollout.response_mask.sum())
         check_finite(metrics, step)
         self.mean_reward = _moved(self.mean_reward, metrics["reward"])
         scored = time.perf_counter()
@@ -192,6 +203,14 @@ class PPORun:
         self.first = self.first or metrics
         self.last = metrics
         return metrics, {"sample": sampled - started, "score": scored - sampled, "learn": learned - scored}
+
+    def respond(
+        self, records: Sequence[PromptRecord], decoding: Decoding, *, step: int, seed: int
+    ) -> tuple[Rollout, Tensor | None]:
+        """The policy's responses in update `step` and, with MIXER, which of their tokens (B, R) are gold."""
+        if self.mixer is not None:
+            return self.mixer.respond(self.policy, records, decoding, update=step, seed=seed)
+        return self.policy.respond([record.prompt for record in records], decoding, seed=seed), None
 
     def prompts_of(self, step: int) -> list[PromptRecord]:
         """The prompts of an update, each as often as it is sampled: the data in an order drawn anew for each
@@ -232,7 +251,7 @@ class PPORun:
         """Where the weights of the best evaluation lie; `best` is empty before the first."""
         return self.folder.path / "state" / f"best_{best.get('step', 0):.0f}"
 
-    def baseline(self, records: Sequence[PromptRecord]) -> Tensor | float | None:
+    def baseline(self, records: Sequence[PromptRecord], step: int) -> Tensor | float | None:
         """What REINFORCE takes off the rewards; None before there are past ones: this batch's mean.
 
         Greedy: the score of the policy's likeliest response, Rennie et al. 2017,
@@ -243,7 +262,7 @@ class PPORun:
         if self.config.reinforce_baseline == "none":
             return 0.0
         greedy = Decoding(self.config.data.max_response_tokens, greedy=True)
-        rollout = self.policy.respond([record.prompt for record in records], greedy, seed=0)
+        rollout, _ = self.respond(records, greedy, step=step, seed=0)
         return self.scores(records, rollout)
 
     def scores(self, records: Sequence[PromptRecord], rollout: Rollout) -> Tensor:

@@ -18,7 +18,8 @@ from rlhf.engine import Engine
 from rlhf.models.llama import join_weights
 from rlhf.models.loading import load_codec, load_options, load_reward_model, trunk
 from rlhf.models.sharded import shard
-from rlhf.records import Prompt, make_sources, read_records
+from rlhf.records import Prompt, PromptRecord, make_sources, read_records
+from rlhf.reference_scorers import KINDS, ReferenceScorer
 from rlhf.rm import score_rows
 from rlhf.scorers import ClassifierScorer, FunctionScorer, WeightedSum
 from rlhf.text import TextCodec
@@ -66,15 +67,22 @@ class RewardModelScorer:
         return scores.float().cpu().tolist()
 
 
-def build_scorer(key: str, spec: dict[str, Any], config: Any, engine: Engine) -> Any:
-    """Build the scorer of the setting `key`: {kind: model|classifier|function|sum, ...}."""
+def build_scorer(
+    key: str, spec: dict[str, Any], config: Any, engine: Engine, prompts: Sequence[PromptRecord] = ()
+) -> Any:
+    """Build the scorer of the setting `key`: {kind: model|classifier|function|rouge_l|..., ...}.
+
+    Those that compare with references know those of `prompts`.
+    """
     try:
-        return _build(key, spec, config, engine)
+        return _build(key, spec, config, engine, prompts)
     except ValueError as error:
         raise ValueError(error if key in str(error) else f"{key}: {error}") from error
 
 
-def _build(key: str, spec: dict[str, Any], config: Any, engine: Engine) -> Any:
+def _build(
+    key: str, spec: dict[str, Any], config: Any, engine: Engine, prompts: Sequence[PromptRecord]
+) -> Any:
     kind = spec["kind"]
     if kind == "model":
         options = load_options(config.model, engine, trained=False, sharded=True)
@@ -94,9 +102,14 @@ def _build(key: str, spec: dict[str, Any], config: Any, engine: Engine) -> Any:
         return ClassifierScorer(result.records, kind=spec.get("classifier") or "tfidf_logistic")
     if kind == "function":
         return FunctionScorer(spec["function"])
+    if kind in KINDS:
+        return ReferenceScorer(kind, prompts, scale=spec.get("scale", 1.0))
     parts = enumerate(spec["parts"])
     return WeightedSum(
-        [(part["weight"], build_scorer(f"{key}.parts[{i}]", part, config, engine)) for i, part in parts]
+        [
+            (part["weight"], build_scorer(f"{key}.parts[{i}]", part, config, engine, prompts))
+            for i, part in parts
+        ]
     )
 
 

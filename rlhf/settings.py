@@ -145,6 +145,13 @@ class Clip:
 
 
 @dataclass
+class Mixer:
+    updates: int | None
+    delta: int
+    xent_coef: float
+
+
+@dataclass
 class StageConfig:
     """What every stage has."""
 
@@ -252,6 +259,7 @@ class PPOConfig(StageConfig):
     entropy_coef: float
     ptx_coef: float
     reinforce_baseline: str
+    mixer: Mixer
     reward_clip: float | None
     whiten_rewards: bool
     missing_eos_score: float | None

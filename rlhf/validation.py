@@ -63,6 +63,7 @@ AT_LEAST_ONE = {
     "save_steps",
     "passes",
     "num_beams",
+    "delta",
 }
 NOT_EMPTY = {"name", "runs", "model.path", "policy", "critic", "base"}
 ABOVE_ZERO = {
@@ -96,8 +97,12 @@ SCORER_KEYS = {
     "model": {"path"},
     "classifier": {"train", "classifier"},
     "function": {"function"},
+    "rouge_l": {"scale"},
+    "rouge_avg": {"scale"},
+    "bleu": {"scale"},
     "sum": {"parts"},
 }
+OPTIONAL = {"train", "classifier", "scale"}  # of a scorer's keys
 SOURCE_KEYS = {"path", "split", "subset", "part", "limit", "revision", "columns"}
 SYSTEM_KEYS = {"path", "decoding", "best_of"}
 
@@ -114,9 +119,7 @@ def check_config(config: StageConfig) -> None:
         _check_exposure(config.exposure)
     if isinstance(config, CollectConfig):
         check_scorer("labeller", config.labeller)
-        _check_draws(config)
-        if config.samples_per_prompt < 2:
-            raise ValueError(f"samples_per_prompt={config.samples_per_prompt}: ranking needs at least 2")
+        _check_samples(config)
     if isinstance(config, PPOConfig):
         check_scorer("reward", config.reward)
         _check_ppo(config)
@@ -143,16 +146,19 @@ def check_source(key: str, source: Any) -> None:
 
 
 def check_scorer(key: str, spec: dict[str, Any]) -> None:
-    """Raise ValueError unless `spec` is {kind: model|classifier|function|sum, ...} with its kind's keys."""
+    """Raise ValueError unless `spec` is {kind: model|classifier|function|..., ...} with its kind's keys."""
     kind = spec.get("kind")
     if kind not in SCORER_KEYS:
         raise ValueError(f"{key}.kind={kind!r}: one of {', '.join(SCORER_KEYS)}")
     every_key = set().union(*SCORER_KEYS.values())
     _check_keys(key, spec, every_key | {"kind", "weight"})
-    for needed in SCORER_KEYS[kind] - {"classifier", "train"}:
+    for needed in SCORER_KEYS[kind] - OPTIONAL:
         if not spec.get(needed):
             raise ValueError(f"{key}.{needed} is missing: kind={kind} needs it")
     check_source(f"{key}.train", spec.get("train"))
+    scale = spec.get("scale", 1.0)
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < math.inf:
+        raise ValueError(f"{key}.scale={scale!r}: a number above 0 is expected")
     if kind == "sum":
         _check_parts(key, spec["parts"])
 
@@ -190,11 +196,19 @@ def _check_adapter(adapter: Adapter) -> None:
         raise ValueError(f"adapter.r=0 with adapter={adapter.name}: at least 1 is expected")
 
 
-def _check_draws(config: CollectConfig) -> None:
-    if not decoding_in(config).draws:
+def _check_samples(config: CollectConfig) -> None:
+    decoding, samples = decoding_in(config), config.samples_per_prompt
+    if samples < 2:
+        raise ValueError(f"samples_per_prompt={samples}: ranking needs at least 2")
+    if decoding.greedy:
         raise ValueError(
             f"decoding={config.decoding.name} draws nothing: all samples of a prompt would be equal, and "
             "nothing could be ranked; give one that draws, for instance decoding=sample"
+        )
+    if 1 < decoding.num_beams < samples:
+        raise ValueError(
+            f"samples_per_prompt={samples} of decoding.num_beams={decoding.num_beams}: a search has no more "
+            f"responses than beams; give decoding.num_beams={samples}"
         )
 
 
@@ -251,6 +265,16 @@ def _check_ppo(config: PPOConfig) -> None:
         raise ValueError(
             f"batch_size={config.batch_size} is no multiple of "
             f"rollouts_per_prompt={config.rollouts_per_prompt}"
+        )
+    if config.mixer.updates and config.algo == "ppo":
+        raise ValueError(
+            f"mixer.updates={config.mixer.updates} with algo=ppo: MIXER mixes cross-entropy with a policy "
+            "gradient of whole responses; give algo=reinforce or algo=rloo"
+        )
+    if config.mixer.updates and config.temperature != 1:
+        raise ValueError(
+            f"temperature={config.temperature} with mixer.updates={config.mixer.updates}: cross-entropy is "
+            "that of the model's own distribution; set temperature=1.0"
         )
     if config.whiten_rewards and config.algo != "ppo":
         raise ValueError(

@@ -27,7 +27,7 @@ def main(overrides: list[str]) -> None:
     prompts = stage.read(
         config.data.prompts.collect, "prompts", "data.prompts.collect", limit=config.num_prompts
     )
-    labeller = build_scorer("labeller", config.labeller, config, engine)
+    labeller = build_scorer("labeller", config.labeller, config, engine, prompts)
     model = load_causal_lm(config.policy, load_options(config.model, engine, trained=False))
     stage.begin()
     (folder.path / "state").mkdir(exist_ok=True)

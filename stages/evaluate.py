@@ -50,7 +50,9 @@ def main(overrides: list[str]) -> None:
     warn_of_seen_prompts(stage, prompts)
     engine = build_engine(config.engine, num_parameters(reference, config.model))
     engine = replace(engine, evens_out=False)  # the figures are the same for any number of processes
-    proxy, gold = (optional_scorer(key, getattr(config, key), config, engine) for key in ("proxy", "gold"))
+    proxy, gold = (
+        optional_scorer(key, getattr(config, key), config, engine, prompts) for key in ("proxy", "gold")
+    )
     if proxy is None and gold is None:
         raise ValueError(
             "neither proxy nor gold can score: set one of them, for instance "
@@ -112,7 +114,9 @@ def warn_of_seen_prompts(stage: Stage, prompts: Any) -> None:
             stage.warn_of_overlap(key, stage.read(source, kind, key), "data.prompts.evaluate", prompts)
 
 
-def optional_scorer(key: str, spec: dict[str, Any] | None, config: Any, engine: Any) -> Any | None:
+def optional_scorer(
+    key: str, spec: dict[str, Any] | None, config: Any, engine: Any, prompts: Any
+) -> Any | None:
     """The scorer of `proxy` or `gold`; None where it is null, or is this run's own and the run has not made
     it.
     """
@@ -121,7 +125,7 @@ def optional_scorer(key: str, spec: dict[str, Any] | None, config: Any, engine: 
     if spec["kind"] == "model" and spec["path"].startswith(config.runs) and not Path(spec["path"]).exists():
         print(f"no {key} score: {spec['path']} does not exist", flush=True)
         return None
-    return build_scorer(key, spec, config, engine)
+    return build_scorer(key, spec, config, engine, prompts)
 
 
 def sample_all(

@@ -36,7 +36,7 @@ def main(overrides: list[str]) -> None:
         parents = [parent for parent in parents if parent.key != "critic"]
         if config.critic is not None and config.algo == "ppo" and config.critic_trunk == "own":
             print(f"critic: from the policy, as {config.critic} has another tokenizer", flush=True)
-    reward = build_reward(config, engine, roles)
+    reward = build_reward(config, engine, roles, prompts)
     run = PPORun(config, codec, roles, reward, prompts, folder, demonstrations)
     stage.begin()
     checks = run.train(stage.state)

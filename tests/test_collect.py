@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf.batches import join, left_pad
 from rlhf.collect import collect_ranked
 from rlhf.decoding import Decoding
 from rlhf.engine import Engine
+from rlhf.models.forward import response_logprobs
 from rlhf.models.loading import LoadOptions, load_causal_lm, load_tokenizer
 from rlhf.records import PromptRecord, RankedList, Source, read_records, write_records
 from rlhf.sampling.policy import Policy
@@ -82,6 +84,24 @@ def test_a_prompt_with_one_distinct_response_gives_no_list(policy: Policy, tmp_p
     sizes = {"samples_per_prompt": 4, "batch_size": 8, "seed": 1}
     lists = collect_ranked(policy, PROMPTS, Labeller(), partial, decoding=greedy, **sizes)
     assert lists == []
+
+
+def test_of_beams_the_best_responses_of_a_search_are_ranked(policy: Policy, tmp_path: Path) -> None:
+    decoding, sizes = Decoding(8, num_beams=6), {"samples_per_prompt": 3, "batch_size": 12, "seed": 1}
+    partial = tmp_path / "partial.jsonl"
+    lists = collect_ranked(policy, PROMPTS, Labeller(), partial, decoding=decoding, **sizes)
+    assert len(partial.read_text().splitlines()) == 4, "two searches of six beams a batch"
+    assert [record.prompt for record in lists] == [record.prompt for record in PROMPTS]
+    best = policy.respond([record.prompt for record in PROMPTS], decoding, seed=0).responses()
+    for record, tokens in zip(lists, best, strict=True):
+        assert record.response_tokens is not None
+        assert 2 <= len(set(record.response_tokens)) <= 3, "some bytes that are no text look alike"
+        assert record.response_tokens[0] == tuple(tokens)
+        prompts = left_pad([policy.codec.encode_prompt(record.prompt)] * len(record.responses), 0)
+        rollout = join(prompts, [list(found) for found in record.response_tokens], 0)
+        logprobs = response_logprobs(policy.model, rollout, temperature=1.0).sum(1)
+        means = (logprobs / rollout.response_mask.sum(1)).tolist()
+        assert means == sorted(means, reverse=True)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3])

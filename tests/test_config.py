@@ -30,7 +30,7 @@ NEEDED = {
     "function": ["reward.function=module:score"],
 }
 # All samples of a prompt would be equal.
-REFUSED = [("collect", choice) for choice in ("greedy", "beam", "beam_penalised")]
+REFUSED = [("collect", "greedy")]
 CHOICES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
 
 
@@ -283,7 +283,20 @@ MISTAKES = [
         "is a list; give it as a whole",
     ),
     ("sft", ["data.demonstrations.train={a: ["], "not a list or mapping"),
-    ("ppo", ["reward.kind=modle"], "reward.kind='modle': one of model, classifier, function, sum"),
+    (
+        "ppo",
+        ["reward.kind=modle"],
+        "reward.kind='modle': one of model, classifier, function, rouge_l, rouge_avg, bleu, sum",
+    ),
+    ("ppo", ["mixer.updates=5"], "mixer.updates=5 with algo=ppo: MIXER mixes cross-entropy with"),
+    (
+        "ppo",
+        ["algo=reinforce", "mixer.updates=5", "temperature=0.7"],
+        "temperature=0.7 with mixer.updates=5: cross-entropy is that of the model's own distribution",
+    ),
+    ("ppo", ["mixer.delta=0"], "mixer.delta=0: a number that is at least 1 is expected"),
+    ("ppo", ["reward=rouge_l", "reward.scale=0"], "reward.scale=0: a number above 0 is expected"),
+    ("ppo", ["reward=bleu", "reward.scale=ten"], "reward.scale='ten': a number above 0 is expected"),
     ("ppo", ["reward.pth=x"], "reward.pth is not a key; did you mean path?"),
     ("ppo", ["reward={kind: function}"], "reward.function is missing: kind=function needs it"),
     ("ppo", ["reward={kind: sum, parts: x}"], "reward.parts='x': give a list of scorers"),
@@ -322,7 +335,12 @@ MISTAKES = [
     ),
     ("ppo", ["decoding.repetition_penalty=1.2"], "penalties, truncation and beams would change it"),
     ("ppo", ["min_p=0.1"], "penalties, truncation and beams would change it"),
-    ("collect", ["decoding=beam"], "decoding=beam draws nothing: all samples of a prompt would be equal"),
+    ("collect", ["decoding=greedy"], "decoding=greedy draws nothing: all samples of a prompt would be equal"),
+    (
+        "collect",
+        ["decoding=beam", "samples_per_prompt=5"],
+        "samples_per_prompt=5 of decoding.num_beams=4: a search has no more responses than beams",
+    ),
     ("evaluate", ["decoding=beam", "decoding.temperature=0.5"], "decoding.temperature=0.5 with num_beams=4"),
     ("evaluate", ["decoding=greedy", "decoding.min_p=0.5"], "decoding.min_p=0.5 with greedy=true"),
     ("evaluate", ["decoding=greedy", "decoding.num_beams=2"], "decoding.num_beams=2 with greedy=true"),

@@ -28,6 +28,7 @@ LAYERS = {
     "estimate": 2,
     "text": 2,
     "scorers": 2,
+    "reference_scorers": 2,
     "models": 2,
     "sampling": 2,
     "engine": 2,

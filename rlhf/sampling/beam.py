@@ -27,16 +27,24 @@ class _Penalties(LogitsProcessor):
         return penalised(scores, [tokens[start:] for tokens, start in rows], self.decoding)
 
 
-def beam_search(
-    model: Any, prompts: PromptBatch, decoding: Decoding, eos_token_id: int, pad_token_id: int
+def beam_search(  # noqa: PLR0913 (a model, its prompts, and how to search)
+    model: Any,
+    prompts: PromptBatch,
+    decoding: Decoding,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+    num_return_sequences: int = 1,
 ) -> list[list[int]]:
-    """The likeliest response that `num_beams` beams find for each prompt, EOS included where it has ended.
+    """The likeliest responses that `num_beams` beams find for each prompt, the best first, all those of a
+    prompt in a row; EOS is included where one has ended.
 
     The checkpoint's own generation settings do not count: some have penalties of their own.
     """
     width, own = prompts.tokens.shape[1], model.generation_config
     settings = GenerationConfig(
         num_beams=decoding.num_beams,
+        num_return_sequences=num_return_sequences,
         length_penalty=decoding.length_penalty,
         max_new_tokens=decoding.max_new_tokens,
         eos_token_id=eos_token_id,

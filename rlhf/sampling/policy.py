@@ -35,13 +35,27 @@ class Policy:
     codec: TextCodec
     engine: Engine
 
-    def respond(self, prompts: Sequence[Prompt], decoding: Decoding, *, seed: int) -> Rollout:
-        """Sample one response per prompt, adapters merged meanwhile; seed and place decide a row's tokens."""
+    def respond(
+        self, prompts: Sequence[Prompt], decoding: Decoding, *, seed: int, num_return_sequences: int = 1
+    ) -> Rollout:
+        """Sample one response per prompt, adapters merged meanwhile; seed and place decide a row's tokens.
+
+        With beams, each prompt standing `num_return_sequences` times in a row, as many of a search's best.
+        """
         tokens = [self.codec.encode_prompt(prompt) for prompt in prompts]
+        return self.continue_tokens(tokens, decoding, seed=seed, num_return_sequences=num_return_sequences)
+
+    def continue_tokens(
+        self, tokens: list[list[int]], decoding: Decoding, *, seed: int, num_return_sequences: int = 1
+    ) -> Rollout:
+        """The same for prompts that are tokens already."""
         uniforms = draw_uniforms(len(tokens), decoding.max_new_tokens, seed)
         processes = self.engine.processes
         # neighbours stay together: they may share their prompt
-        ends = [rank * len(tokens) // processes.count for rank in range(processes.count + 1)]
+        groups = len(tokens) // num_return_sequences
+        ends = [
+            rank * groups // processes.count * num_return_sequences for rank in range(processes.count + 1)
+        ]
         mine = slice(*ends[processes.rank : processes.rank + 2])
         found: tuple[list[list[int]], list[list[float]]] = ([], [])
         with ready_to_sample(self.model, self.engine) as model:
@@ -53,6 +67,7 @@ class Policy:
                     eos_token_id=self.codec.eos_token_id,
                     pad_token_id=self.codec.pad_token_id,
                     uniforms=uniforms[mine],
+                    num_return_sequences=num_return_sequences,
                 )
                 assert rollout.behaviour_logprobs is not None
                 found = (rollout.responses(), rollout.behaviour_logprobs.tolist())

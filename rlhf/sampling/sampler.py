@@ -53,17 +53,26 @@ def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and
     eos_token_id: int,
     pad_token_id: int,
     uniforms: Tensor,
+    num_return_sequences: int = 1,
 ) -> Rollout:
     """Sample one response to each prompt, or search for it with several beams.
 
     `prompts` are token lists, `uniforms` is (B, R). A response ends with its first EOS or is cut at
-    `max_new_tokens`.
+    `max_new_tokens`. With beams every prompt stands `num_return_sequences` times in a row, for as many of the
+    responses that one search finds, the best first.
     """
     assert uniforms.shape == (len(prompts), decoding.max_new_tokens), uniforms.shape
     batch = left_pad(prompts, pad_token_id, device=model.device)
     with evaluating(model):
         if decoding.num_beams > 1:
-            responses = beam_search(model, batch, decoding, eos_token_id, pad_token_id)
+            responses = beam_search(
+                model,
+                left_pad(prompts[::num_return_sequences], pad_token_id, device=model.device),
+                decoding,
+                eos_token_id=eos_token_id,
+                pad_token_id=pad_token_id,
+                num_return_sequences=num_return_sequences,
+            )
             logprobs = [[0.0] * len(tokens) for tokens in responses]  # as greedy: nothing is drawn
         else:
             loop = _Loop(model, batch, _first_of_equals(prompts))
