@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one door: ./launch.sh stage=all|sft|collect|rm|ppo|evaluate|bench|test [key=value ...]
+# The one door: ./launch.sh stage=all|sft|collect|rm|ppo|evaluate|exposure|bench|test [key=value ...]
 # Makes the Python environment on first use, then runs the stage. Works with bash 3.2.
 set -eu
 

@@ -21,13 +21,13 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from rlhf.deepspeed_config import check_deepspeed
 from rlhf.hints import hint
-from rlhf.settings import STAGE_CONFIGS, BenchConfig, Decoding, StageConfig
+from rlhf.settings import STAGE_CONFIGS, BenchConfig, ComparisonConfig, Decoding, PPOConfig, StageConfig
 from rlhf.validation import check_config
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_DIR / "configs"
 STAGES = tuple(STAGE_CONFIGS)
-PROGRAMS: dict[str, type[Any]] = {**STAGE_CONFIGS, "bench": BenchConfig}
+PROGRAMS: dict[str, type[Any]] = {**STAGE_CONFIGS, "bench": BenchConfig, "exposure": ComparisonConfig}
 GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward", "exposure")
 SMALL_WEIGHTS = 40e6  # bytes of safetensors below which a local folder gets configs/model/small.yaml
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -69,12 +69,31 @@ def load_config(stage: str, overrides: list[str]) -> Any:
     config = _compose(stage, groups)
     for key, text in values:
         _set(config, stage, key, _read(value_type(stage, key), text))
-    if not config.runs.strip():
-        raise ValueError("runs= is empty: give it a value, or leave it out")
-    config.runs = str(Path(config.runs).expanduser().absolute())
+    if "runs" in config:
+        if not config.runs.strip():
+            raise ValueError("runs= is empty: give it a value, or leave it out")
+        config.runs = str(Path(config.runs).expanduser().absolute())
     found = _to_object(config)
-    check_deepspeed(found)
+    if not isinstance(found, ComparisonConfig):
+        check_deepspeed(found)
+    if isinstance(found, PPOConfig) and not needs_critic(found):
+        found.critic = None
     return found
+
+
+def needs_critic(config: PPOConfig) -> bool:
+    """Whether the model in `critic` is loaded: as the critic, or as the reward on a trunk that is shared."""
+    own = config.algo == "ppo" and config.critic_trunk == "own"
+    return own or (config.reward["kind"] == "model" and config.reward["path"] == config.critic)
+
+
+def decoding_changes(name: str) -> dict[str, Any]:
+    """What configs/decoding/<name>.yaml sets beside its defaults; ValueError for a name that is no choice."""
+    choices = group_choices("decoding")
+    if name not in choices:
+        raise ValueError(f"decodings: {name}: {hint(name, choices)}choices are {', '.join(choices)}")
+    values = yaml.safe_load((CONFIG_DIR / "decoding" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return {key: value for key, value in values.items() if key not in ("name", "defaults")}
 
 
 def split_overrides(overrides: list[str]) -> dict[str, list[str]]:
@@ -185,10 +204,13 @@ def _compose(stage: str, groups: dict[str, str]) -> DictConfig:
     for group in groups:
         if value_type(stage, group) is None:
             raise ValueError(_unknown_key(stage, group))
+    return copy.deepcopy(_composed(stage, tuple(f"{group}={choice}" for group, choice in groups.items())))
+
+
+@cache
+def _composed(stage: str, choices: tuple[str, ...]) -> DictConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        values = compose(
-            config_name=stage, overrides=[f"{group}={choice}" for group, choice in groups.items()]
-        )
+        values = compose(config_name=stage, overrides=list(choices))
     try:
         return typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(PROGRAMS[stage]), values))
     except OmegaConfBaseException as error:
@@ -279,7 +301,8 @@ def _to_object(config: Any) -> Any:
         missing = [_first_line(error).rsplit(" ", 1)[-1]]
     if missing:
         raise ValueError(f"{missing[0]} has no value: give {missing[0]}=...")
-    check_config(typing.cast(StageConfig, found))
+    if not isinstance(found, ComparisonConfig):
+        check_config(typing.cast(StageConfig, found))
     return found
 
 

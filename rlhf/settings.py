@@ -312,6 +312,15 @@ class BenchConfig:
     peer: str | None
 
 
+@dataclass
+class ComparisonConfig:
+    """What stage=exposure has beside the words that it hands to the other stages."""
+
+    seeds: list[int]
+    methods: dict[str, Any]
+    decodings: list[str]
+
+
 # The stages of a run, in order.
 STAGE_CONFIGS: dict[str, type[Any]] = {
     "sft": SFTConfig,

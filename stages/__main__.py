@@ -107,8 +107,8 @@ def run(stage: str, overrides: list[str]) -> int:
     quiet_libraries()
     if is_foreign():
         check_stage(stage)
-    if stage == "all":
-        return run_all(overrides)
+    if stage in SEVERAL:
+        return SEVERAL[stage](overrides)
     config = load_config(stage, overrides)
     if config.show:
         show(stage, config)
@@ -144,6 +144,20 @@ def run_all(overrides: list[str]) -> int:
             show(name, config)
         return 0
     return all_stages.run(configs, overrides)
+
+
+def run_exposure(overrides: list[str]) -> int:
+    """Resolve the settings of all that is compared, then show its commands or run them in turn."""
+    from stages import exposure
+
+    if "show=true" in overrides:
+        exposure.show([word for word in overrides if word != "show=true"])
+        return 0
+    return exposure.run(overrides)
+
+
+# the programs that run stages, each a process of its own
+SEVERAL = {"all": run_all, "exposure": run_exposure}
 
 
 def close_bars() -> None:
@@ -182,7 +196,7 @@ def resume_command(words: list[str]) -> str:
     from stages.common import without_run_mode
 
     stage, overrides = read_words(words)
-    if stage != "all":
+    if stage not in SEVERAL:
         config = load_config(stage, overrides)
         if (StageFolder(config.runs, config.name, stage).path / "stage.json").exists():
             return shlex.join(["./launch.sh", *words])

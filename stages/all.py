@@ -99,7 +99,7 @@ def reasons_to_skip(configs: Configs) -> tuple[dict[str, str], set[str]]:
             raise ValueError(
                 f"{folder} is finished, but {missing[0]} before it is not: overwrite=true runs both again"
             )
-        _check_unchanged(config, folder)
+        check_unchanged(config, folder)
         skipped[stage] = f"finished in {folder}"
     return skipped, again
 
@@ -123,7 +123,8 @@ def run_child(command: list[str], **environment: str) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _check_unchanged(config: Any, folder: Path) -> None:
+def check_unchanged(config: Any, folder: Path) -> None:
+    """Raise ValueError where a finished stage was run with other settings than these."""
     saved = folder / "config.yaml"
     changed = changed_settings(saved, resolved_yaml(config)) if saved.exists() else {}
     changed.pop("engine.threads", None)

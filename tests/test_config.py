@@ -34,6 +34,22 @@ REFUSED = [("collect", "greedy")]
 CHOICES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
 
 
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        ([], True),
+        (["reward=rouge_l"], True),
+        (["algo=rloo", "rollouts_per_prompt=4"], True),  # the reward model is the critic of this run
+        (["algo=reinforce", "reward=rouge_l"], False),
+        (["algo=reinforce", "reward.path=some/rm/model"], False),
+        (["critic_trunk=policy", "reward=bleu"], False),
+    ],
+    ids=str,
+)
+def test_a_critic_that_nothing_reads_is_not_asked_for(words: list[str], needed: bool) -> None:
+    assert (load_config("ppo", words).critic is not None) == needed
+
+
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_shipped_file_composes_with_every_stage_that_has_its_group(group: str, choice: str) -> None:
     stages = [stage for stage in STAGES if value_type(stage, group) is not None]

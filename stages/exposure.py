@@ -1,0 +1,170 @@
+"""stage=exposure: the cures for exposure bias, trained and decoded on the same data, and their comparison.
+
+Every part is a stage like any other, a process of its own; that of a method lies in
+<runs>/<name>/<method>/<stage>.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import decoding_changes, load_config, split_overrides
+from rlhf.settings import ComparisonConfig
+from stages import COMMAND_VARIABLE
+from stages.all import ENTRY_POINT, check_unchanged, run_child, stage_folder
+from stages.common import without_run_mode
+
+OWN_KEYS = tuple(ComparisonConfig.__dataclass_fields__)
+Words = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage to run: its words, the configuration that they mean, and whether it is finished already."""
+
+    label: str
+    stage: str
+    words: list[str]
+    config: Any
+    finished: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where its results lie."""
+        return stage_folder(self.stage, self.config)
+
+
+def plan(overrides: list[str]) -> tuple[Path, list[list[Step]]]:
+    """Return where the comparison goes, and the steps of each seed in order, all of their settings checked.
+
+    Raises ValueError, naming the step, for what one of them refuses.
+    """
+    own = [word for word in overrides if word.partition("=")[0].partition(".")[0] in OWN_KEYS]
+    comparison = load_config("exposure", own)
+    words = split_overrides([word for word in overrides if word not in own])
+    seeds = comparison.seeds
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds}: give at least one, and each once")
+    common = load_config("sft", words["sft"])
+    names = {seed: common.name if len(seeds) == 1 else f"{common.name}/seed_{seed}" for seed in seeds}
+    steps = [list(_steps(comparison, words, seed, name)) for seed, name in names.items()]
+    return Path(common.runs) / common.name / "exposure", [_marked(each) for each in steps]
+
+
+def _steps(comparison: ComparisonConfig, words: Words, seed: int, name: str) -> Iterator[Step]:
+    """The SFT model, the reward model where the data has something to train it on, the methods, evaluate."""
+    place = [f"name={name}", f"seed={seed}"]
+    sft, collect, rm = (_step(stage, stage, [*words[stage], *place]) for stage in ("sft", "collect", "rm"))
+    data = sft.config.data
+    needed = [rm] if data.ranked.train is not None else [collect, rm]
+    has_reward_model = data.ranked.train is not None or data.labelled.labeller is not None
+    yield from [sft, *(needed if has_reward_model else [])]
+    systems: dict[str, Any] = {"base": sft.config.policy, "sft": str(sft.folder / "model")}
+    for decoding in comparison.decodings:
+        systems[f"sft_{decoding}"] = {"path": systems["sft"], "decoding": decoding_changes(decoding)}
+    for method, text in comparison.methods.items():
+        if text is None:
+            continue
+        place = [f"name={name}/{method}", f"seed={seed}"]
+        step = _method(method, text, words, place, sft, rm if has_reward_model else None)
+        yield step
+        systems[method] = str(step.folder / "model")
+    chosen = [f"systems={json.dumps(systems)}", "baseline=sft", "force=true"]
+    yield _step("evaluate", "evaluate", [*words["evaluate"], f"name={name}", f"seed={seed}", *chosen])
+
+
+def _method(  # noqa: PLR0913 (a method, the words of all stages, and what it stands on)
+    method: str, text: Any, words: Words, place: list[str], sft: Step, rm: Step | None
+) -> Step:
+    """The stage of a method: sft anew, or ppo from the SFT model, where need be with the reward model."""
+    own = shlex.split(text) if isinstance(text, str) else []
+    stages = [word.partition("=")[2] for word in own if word.startswith("stage=")]
+    if stages not in (["sft"], ["ppo"]):
+        raise ValueError(f"methods.{method}={text}: 'stage=sft ...' or 'stage=ppo ...' is expected")
+    own = [word for word in own if not word.startswith("stage=")]
+    if stages == ["sft"]:
+        return _step(f"methods.{method}", "sft", [*words["sft"], *place, *own])
+    reward_model = "null" if rm is None else str(rm.folder / "model")
+    paths = [f"policy={sft.folder / 'model'}", f"critic={reward_model}"]
+    step = _step(f"methods.{method}", "ppo", [*words["ppo"], *place, *paths, *own])
+    if step.config.reward["kind"] != "model":
+        return step
+    if rm is None:
+        raise ValueError(
+            f"methods.{method} needs a reward model, and data={sft.config.data.name} has neither ranked "
+            f"lists nor labelled texts to train one: give data.ranked.train, or methods.{method}=null"
+        )
+    return _step(step.label, "ppo", [*words["ppo"], *place, *paths, f"reward.path={reward_model}", *own])
+
+
+def _step(label: str, stage: str, words: list[str]) -> Step:
+    try:
+        return Step(label, stage, words, load_config(stage, words))
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+
+
+def _marked(steps: Sequence[Step]) -> list[Step]:
+    """The steps, each marked finished or not; one that stands on another that is not is run again.
+
+    Raises ValueError for a finished one where neither resume nor overwrite is set, and for one whose settings
+    have changed.
+    """
+    marked: list[Step] = []
+    for step in steps:
+        due = [each for each in marked if not each.finished]
+        below = due if step.stage == "evaluate" else [each for each in due if each.label == each.stage]
+        if step.config.overwrite or not (step.folder / "stage.json").exists():
+            marked.append(step)
+        elif not step.config.resume:
+            raise ValueError(
+                f"{step.folder} is finished: resume=true keeps it, overwrite=true replaces it, "
+                "name=... starts another run"
+            )
+        elif below and step.stage != "sft":
+            marked.append(replace(step, words=[*without_run_mode(step.words), "overwrite=true"]))
+        else:
+            check_unchanged(step.config, step.folder)
+            marked.append(replace(step, finished=True))
+    return marked
+
+
+def run(overrides: list[str]) -> int:
+    """Run what is due of every seed and write the comparison; return the first exit status that is not 0."""
+    folder, seeds = plan(overrides)
+    command = ["./launch.sh", "stage=exposure", *without_run_mode(overrides)]
+    steps = [step for steps in seeds for step in steps]
+    for number, step in enumerate(steps, start=1):
+        done = "finished in " if step.finished else ""
+        print(f"[{number}/{len(steps)}] {step.label}: {done}{step.folder}", flush=True)
+        if step.finished:
+            continue
+        started = time.monotonic()
+        words = [f"stage={step.stage}", *step.words]
+        own = shlex.join(["./launch.sh", *without_run_mode(words)])
+        status = run_child([sys.executable, str(ENTRY_POINT), *words], **{COMMAND_VARIABLE: own})
+        if status != 0:
+            resumed = shlex.join([*command, "resume=true"])
+            print(f"{step.label} ended with status {status}; go on with: {resumed}", file=sys.stderr)
+            return status
+        print(f"  {(time.monotonic() - started) / 60:.1f} min", flush=True)
+    from rlhf.evaluation.exposure_report import write_comparison
+
+    write_comparison(folder, [each[-1].folder for each in seeds], shlex.join(command))
+    return 0
+
+
+def show(overrides: list[str]) -> None:
+    """Print the command of every step, and of what is finished where it lies; run nothing."""
+    folder, seeds = plan(overrides)
+    for step in (step for steps in seeds for step in steps):
+        done = f"  # finished in {step.folder}" if step.finished else ""
+        print(shlex.join(["./launch.sh", f"stage={step.stage}", *step.words]) + done)
+    print(f"# the comparison: {folder}")

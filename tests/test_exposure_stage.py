@@ -1,0 +1,140 @@
+"""stage=exposure: which stages it runs with which words, what it leaves alone, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import resolved_yaml
+from stages.__main__ import main
+from stages.exposure import Step, plan
+
+METHODS = [
+    *("scheduled_linear", "scheduled_exponential", "scheduled_inverse_sigmoid"),
+    *("reinforce", "rloo", "adversarial", "ppo"),
+]
+
+
+def steps_of(tmp_path: Path, *words: str) -> list[Step]:
+    _, [steps] = plan(["model=tiny", "data=toy", "name=x", f"runs={tmp_path}", *words])
+    return steps
+
+
+def finish(step: Step) -> None:
+    """Leave what says that a step is finished."""
+    step.folder.mkdir(parents=True)
+    (step.folder / "stage.json").write_text("{}", encoding="utf-8")
+    (step.folder / "config.yaml").write_text(resolved_yaml(step.config), encoding="utf-8")
+
+
+def test_every_method_is_a_stage_of_its_own_on_the_same_models(tmp_path: Path) -> None:
+    steps = steps_of(tmp_path, "seed=7", "sft.epochs=2", "ppo.updates=5")
+    labels = [step.label.removeprefix("methods.") for step in steps]
+    assert labels == ["sft", "collect", "rm", *METHODS, "evaluate"]
+    by_label = dict(zip(labels, steps, strict=True))
+    run = tmp_path / "x"
+    assert {step.config.seed for step in steps} == {1}, "seeds= says which"
+    assert len({step.folder for step in steps}) == len(steps)
+    for name in METHODS[:3]:
+        config = by_label[name].config
+        assert (config.policy, config.epochs) == ("tiny", 2) and by_label[name].folder == run / name / "sft"
+        assert config.exposure.schedule == name.removeprefix("scheduled_")
+    for name in METHODS[3:]:
+        config = by_label[name].config
+        assert config.policy == f"{run}/sft/model" and config.updates == 5
+        assert config.batch_size == by_label["ppo"].config.batch_size
+    assert by_label["reinforce"].config.reward["kind"] == by_label["rloo"].config.reward["kind"] == "rouge_l"
+    ppo = by_label["ppo"].config
+    assert ppo.reward == {"kind": "model", "path": f"{run}/rm/model"} and ppo.critic == f"{run}/rm/model"
+    evaluate = by_label["evaluate"].config
+    decodings = [name for name in evaluate.systems if name.startswith("sft_")]
+    assert list(evaluate.systems) == ["base", "sft", *decodings, *METHODS] and len(decodings) == 7
+    assert evaluate.systems["rloo"] == f"{run}/rloo/ppo/model"
+    assert evaluate.systems["sft_beam"] == {"path": f"{run}/sft/model", "decoding": {"num_beams": 4}}
+    assert (evaluate.baseline, evaluate.proxy["path"]) == ("sft", f"{run}/rm/model")
+
+
+def test_each_seed_has_a_run_of_its_own(tmp_path: Path) -> None:
+    folder, seeds = plan(["model=tiny", "data=toy", "name=x", f"runs={tmp_path}", "seeds=[3,5]"])
+    assert folder == tmp_path / "x" / "exposure"
+    for seed, steps in zip((3, 5), seeds, strict=True):
+        assert {step.config.seed for step in steps} == {seed}
+        assert all((tmp_path / "x" / f"seed_{seed}") in step.folder.parents for step in steps)
+
+
+def test_methods_and_decodings_can_be_left_out_and_added(tmp_path: Path) -> None:
+    words = [f"methods.{name}=null" for name in METHODS if name != "rloo"]
+    more = "methods.mine=stage=ppo algo=reinforce reward=bleu mixer.updates=3"
+    *_, rloo, mine, evaluate = steps_of(tmp_path, *words, more, "decodings=[greedy]")
+    assert (rloo.label, mine.label) == ("methods.rloo", "methods.mine")
+    assert (mine.config.reward["kind"], mine.config.mixer.updates) == ("bleu", 3)
+    assert list(evaluate.config.systems) == ["base", "sft", "sft_greedy", "rloo", "mine"]
+
+
+def test_without_preferences_no_reward_model_is_trained(tmp_path: Path) -> None:
+    words = ["data=tldr", "data.ranked.train=null", "methods.ppo=null"]
+    steps = steps_of(tmp_path, *words)
+    labels = [step.label for step in steps]
+    assert labels[:2] == ["sft", "methods.scheduled_linear"] and "rm" not in labels
+    assert all(step.config.critic is None for step in steps if step.stage == "ppo")
+    with pytest.raises(ValueError, match=r"methods.ppo needs a reward model, and data=tldr has neither"):
+        steps_of(tmp_path, *words[:2])
+    own = steps_of(tmp_path, "data=tldr")
+    assert [step.label for step in own][:3] == ["sft", "rm", "methods.scheduled_linear"]
+
+
+def test_what_is_finished_is_left_alone_and_what_stands_on_new_parts_runs_again(tmp_path: Path) -> None:
+    for step in steps_of(tmp_path):
+        if step.label not in ("methods.rloo", "evaluate"):
+            finish(step)
+    with pytest.raises(ValueError, match=r"x/sft is finished: resume=true keeps it, overwrite=true"):
+        steps_of(tmp_path)
+    due = [step.label for step in steps_of(tmp_path, "resume=true") if not step.finished]
+    assert due == ["methods.rloo", "evaluate"]
+    assert not any(step.finished for step in steps_of(tmp_path, "overwrite=true"))
+    with pytest.raises(ValueError, match=r"reinforce/ppo is finished with other settings \(kl.coef\)"):
+        steps_of(tmp_path, "resume=true", "kl.coef=0.2")
+
+    steps = steps_of(tmp_path, "resume=true", "rm.overwrite=true", "rm.resume=false")
+    again = [step for step in steps if not step.finished]
+    labels = [step.label.removeprefix("methods.") for step in again]
+    assert labels == ["rm", *METHODS[3:], "evaluate"]
+    new = {"rloo", "evaluate", "rm"}
+    for label, step in zip(labels, again, strict=True):
+        assert (step.words[-1] == "overwrite=true") == (label not in new), label
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["methods.mine=algo=rloo"],
+            "methods.mine=algo=rloo: 'stage=sft ...' or 'stage=ppo ...' is expected",
+        ),
+        (["methods.mine=stage=rm"], "methods.mine=stage=rm: 'stage=sft ...' or 'stage=ppo ...' is expected"),
+        (
+            ["methods.ppo=stage=ppo kl.coeff=1"],
+            "methods.ppo: kl.coeff is not a key of stage ppo; did you mean",
+        ),
+        (["decodings=[beem]"], "decodings: beem: did you mean beam?"),
+        (["seeds=[]"], "seeds=[]: give at least one, and each once"),
+        (["seeds=[1,1]"], "seeds=[1, 1]: give at least one, and each once"),
+        (["seeds=[a]"], "seeds"),
+        (["ppo.updates=0"], "methods.reinforce: updates=0: a number that is at least 1 is expected"),
+        (["epohcs=2"], "epohcs is not a key of any stage; did you mean epochs?"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line_that_names_the_part(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["stage=exposure", "model=tiny", "data=toy", f"runs={tmp_path}", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_show_prints_commands_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stage=exposure", "show=true", "model=tiny", "data=toy", f"runs={tmp_path}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and all(line.startswith("./launch.sh stage=") for line in lines[:-1])
+    assert list(tmp_path.iterdir()) == []
