@@ -37,7 +37,17 @@ class Policy:
 
     def respond(self, prompts: Sequence[Prompt], decoding: Decoding, *, seed: int) -> Rollout:
         """Sample one response per prompt, adapters merged meanwhile; seed and place decide a row's tokens."""
-        tokens = [self.codec.encode_prompt(prompt) for prompt in prompts]
+        return self.go_on([self.codec.encode_prompt(prompt) for prompt in prompts], decoding, seed=seed)
+
+    def go_on(
+        self,
+        tokens: list[list[int]],
+        decoding: Decoding,
+        *,
+        seed: int,
+        begun: Sequence[list[int]] | None = None,
+    ) -> Rollout:
+        """`respond` after tokens; `begun`: those at the end of each row that penalties take for response."""
         uniforms = draw_uniforms(len(tokens), decoding.max_new_tokens, seed)
         processes = self.engine.processes
         # neighbours stay together: they may share their prompt
@@ -53,6 +63,7 @@ class Policy:
                     eos_token_id=self.codec.eos_token_id,
                     pad_token_id=self.codec.pad_token_id,
                     uniforms=uniforms[mine],
+                    begun=begun and begun[mine],
                 )
                 assert rollout.behaviour_logprobs is not None
                 found = (rollout.responses(), rollout.behaviour_logprobs.tolist())
