@@ -58,7 +58,7 @@ SHARPNESS = 1.5
 PROMPTS = {"sft_train": 1000, "sft_eval": 100, "collect": 200, "ppo": 320, "evaluate": 108}
 RESPONSES_PER_PROMPT = 2
 FACTS = "facts.json"
-VERSION = 1
+VERSION = 2
 
 
 def build(folder: Path) -> None:
@@ -92,7 +92,7 @@ def make_records(seed: int = 0) -> dict[str, list[Record]]:
         "gold": [_labelled(draw, GOLD_NOUNS) for _ in range(LABELLED_TEXTS)],
     }
     for name in ("collect", "ppo", "evaluate"):
-        files[f"{name}_prompts"] = [PromptRecord(prompt) for prompt in parts[name]]
+        files[f"{name}_prompts"] = [PromptRecord(prompt, make_response(draw)[0]) for prompt in parts[name]]
     return files
 
 

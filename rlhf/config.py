@@ -30,7 +30,10 @@ STAGES = tuple(STAGE_CONFIGS)
 PROGRAMS: dict[str, type[Any]] = {**STAGE_CONFIGS, "bench": BenchConfig, "exposure": ComparisonConfig}
 GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward", "exposure")
 SMALL_WEIGHTS = 40e6  # bytes of safetensors below which a local folder gets configs/model/small.yaml
-EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+EXPECTED: dict[Any, str] = {
+    **{int: "a whole number", float: "a number", bool: "true or false", str: "a text"},
+    **{list[int]: "a list of whole numbers", list[str]: "a list of texts"},
+}
 
 
 def cache_dir() -> Path:

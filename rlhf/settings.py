@@ -288,6 +288,8 @@ class EvaluateConfig(StageConfig):
     reward: dict[str, Any]
     proxy: dict[str, Any] | None
     gold: dict[str, Any] | None
+    oracle: str | None
+    prefix_lengths: list[int] | None
     bootstrap: int
     num_samples: int
 

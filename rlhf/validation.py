@@ -65,7 +65,7 @@ AT_LEAST_ONE = {
     "num_beams",
     "delta",
 }
-NOT_EMPTY = {"name", "runs", "model.path", "policy", "critic", "base"}
+NOT_EMPTY = {"name", "runs", "model.path", "policy", "critic", "base", "oracle"}
 ABOVE_ZERO = {
     "temperature",
     "repetition_penalty",
@@ -324,6 +324,8 @@ def _check_value(key: str, value: Any) -> None:
         raise ValueError(f"engine.device={value}: one of auto, cpu, cuda, cuda:<number>, mps")
     if key.startswith(("data.demonstrations", "data.ranked", "data.prompts", "data.labelled", "ranked.")):
         check_source(key, value)
+    if key == "prefix_lengths" and value is not None and min(value, default=0) < 1:
+        raise ValueError(f"{key}={value}: give lengths of at least 1 token, or null for none")
     if isinstance(value, int | float) and not isinstance(value, bool):
         _check_number(key, value)
 

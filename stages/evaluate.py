@@ -4,6 +4,8 @@ and gold.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 from rlhf.checkpoint import library_versions
 from rlhf.decoding import decoding_in
 from rlhf.engine import build_engine, seed_everything
-from rlhf.evaluation.compare import Scored, compare, summarise, verdict
+from rlhf.evaluation.compare import Scored, common_length, compare, equals_oracle, summarise, verdict
+from rlhf.evaluation.exposure import Instruments, load_evidence, measure, save_evidence
 from rlhf.evaluation.report import print_table, write_report
 from rlhf.evaluation.systems import (
     Generation,
@@ -26,6 +29,7 @@ from rlhf.evaluation.systems import (
 from rlhf.metrics import progress
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters, same_tokenizer
 from rlhf.parents import Parent, find_parent, lineage, model_paths
+from rlhf.records import PromptRecord
 from rlhf.rewards import build_scorer, checked_scores
 from rlhf.sampling.policy import Policy
 from stages.common import Stage, resolved
@@ -62,11 +66,18 @@ def main(overrides: list[str]) -> None:
         for name, path in [] if scorer is None else model_paths(key, getattr(config, key)):
             parents.append(find_parent(name, path, kind="reward_model", force=True))
     check_choosers(systems, proxy)
+    oracle, notes = find_oracle(config, systems)
     stage.begin()
 
-    generations = sample_all(stage, systems, prompts, engine, proxy)
+    policies = functools.lru_cache(maxsize=1)(functools.partial(load_policy, config=config, engine=engine))
+    generations = sample_all(stage, systems, prompts, policies, proxy)
+    policies.cache_clear()
     scored = score_all(config, generations, load_policy(reference, config, engine), proxy, gold)
+    judge = None if oracle is None else load_policy(oracle, config, engine, key="oracle")
+    instruments = Instruments(judge, gold, config.prefix_lengths or [], config.batch_size, config.seed)
+    scored = measure_all(stage, scored, prompts, policies, instruments)
     options = {"num_bootstrap": config.bootstrap, "seed": config.seed}
+    entries = {each.system.name: summarise(each, reference=reference, **options) for each in scored}
     report: dict[str, Any] = {
         "name": config.name,
         "num_prompts": len(prompts),
@@ -75,7 +86,10 @@ def main(overrides: list[str]) -> None:
         "proxy": proxy and proxy.name,
         "gold": gold and gold.name,
         "preferences_simulated": (config.gold or {}).get("kind") == "classifier" and config.proxy is not None,
-        "systems": {each.system.name: summarise(each, reference=reference, **options) for each in scored},
+        "oracle": oracle,
+        "notes": [*notes, *notes_on(scored, entries, prompts)],
+        "excess_error_length": common_length(list(entries.values())),
+        "systems": entries,
         **compare(scored, baseline, **options),
         "commands": commands(stage, parents),
     }
@@ -90,6 +104,8 @@ def main(overrides: list[str]) -> None:
     )
     folder.drop_states()
     print_table(report)
+    for note in report["notes"]:
+        print(note)
     print(f"{report['verdict']}\nreport: {folder.path / 'report.md'} ({stage.cost_in_words()})")
 
 
@@ -128,23 +144,67 @@ def optional_scorer(
     return build_scorer(key, spec, config, engine, prompts)
 
 
+def find_oracle(config: Any, systems: Sequence[System]) -> tuple[str | None, list[str]]:
+    """The oracle's folder or hub name, and why it is left out, altogether or for some systems.
+
+    One that is the base model by default can be done without; one given by name is refused where no system
+    has its tokenizer.
+    """
+    if config.oracle is None:
+        return None, []
+    by_default = config.oracle == config.model.path
+    try:
+        path = resolved(config.oracle, config.model)
+        load_codec(path, config)
+    except ValueError as error:
+        if by_default:
+            return None, [f"no oracle: {error}"]
+        raise ValueError(f"oracle={config.oracle}: {error}") from error
+    others = [s.name for s in systems if not same_tokenizer(s.path, path, config.model)]
+    if len(others) < len(systems):
+        left_out = [f"not measured by the oracle, which has another tokenizer: {', '.join(others)}"]
+        return path, left_out if others else []
+    if by_default:
+        return None, [f"no oracle: no system has the tokenizer of {path}; give another with oracle="]
+    raise ValueError(
+        f"oracle={config.oracle}: no system has its tokenizer, and distributions over other tokens cannot be "
+        "compared; give a model that has, or oracle=null"
+    )
+
+
+def notes_on(scored: Sequence[Scored], entries: dict[str, Any], prompts: Sequence[PromptRecord]) -> list[str]:
+    """Why measures of exposure bias are missing."""
+    notes = []
+    missing = sum(prompt.reference is None for prompt in prompts)
+    if missing and any(each.evidence is not None for each in scored):
+        notes.append(
+            f"{missing} of {len(prompts)} prompts have no reference: left out of excess error, quality after "
+            "prefixes and MAUVE"
+        )
+    equal = [each.system.name for each in scored if equals_oracle(each, entries[each.system.name])]
+    if equal:
+        notes.append(f"no excess error, being the oracle itself (0 / 0): {', '.join(equal)}")
+    return notes
+
+
 def sample_all(
-    stage: Stage, systems: list[System], prompts: Any, engine: Any, proxy: Any
+    stage: Stage,
+    systems: list[System],
+    prompts: Any,
+    policies: Callable[[str], Policy],
+    proxy: Any,
 ) -> dict[System, list[Generation]]:
     """The generations of every system; those that an interrupted run finished are read back."""
     config, store = stage.config, stage.folder.path / "state"
     store.mkdir(exist_ok=True)
     bar = progress(len(systems) * len(prompts), unit="response", description="evaluate")
     generations = {}
-    policy, loaded = None, ""
     for system in systems:
         path = store / f"{system.name}.jsonl"
         if not path.exists():
-            if policy is None or loaded != system.path:
-                policy, loaded = load_policy(system.path, config, engine), system.path
             found = generate(
                 system,
-                policy,
+                policies(system.path),
                 prompts,
                 proxy=proxy,
                 batch_size=config.batch_size,
@@ -173,7 +233,33 @@ def score_all(
     return results
 
 
-def load_policy(path: str, config: Any, engine: Any) -> Policy:
+def measure_all(
+    stage: Stage,
+    scored: Sequence[Scored],
+    prompts: Sequence[PromptRecord],
+    policies: Callable[[str], Policy],
+    instruments: Instruments,
+) -> list[Scored]:
+    """The systems with the evidence of their exposure bias; that of an interrupted run is read back."""
+    oracle, found = instruments.oracle, []
+    if oracle is None and not instruments.prefix_lengths:
+        return list(scored)
+    bar = progress(len(scored), unit="system", description="exposure bias")
+    for each in scored:
+        system, path = each.system, stage.folder.path / "state" / f"{each.system.name}.exposure.json"
+        if not path.exists():
+            fits = oracle is not None and same_tokenizer(
+                system.path, oracle.codec.tokenizer.name_or_path, stage.config.model
+            )
+            own = instruments if fits else replace(instruments, oracle=None)
+            save_evidence(path, measure(system, policies(system.path), each.generations, prompts, own))
+        found.append(replace(each, evidence=load_evidence(path)))
+        bar.update()
+    bar.close()
+    return found
+
+
+def load_policy(path: str, config: Any, engine: Any, *, key: str = "systems") -> Policy:
     """A frozen policy from a checkpoint folder or hub name."""
-    model = load_causal_lm(path, load_options(config.model, engine, trained=False), key="systems")
+    model = load_causal_lm(path, load_options(config.model, engine, trained=False), key=key)
     return Policy(model, load_codec(path, config), engine)

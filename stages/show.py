@@ -14,7 +14,7 @@ INPUTS = {
     "collect": ("policy", "labeller", "data.prompts.collect"),
     "rm": ("base", "calibration_policy", "ranked.train", "ranked.eval"),
     "ppo": ("policy", "critic", "reward", "data.prompts.ppo"),
-    "evaluate": ("systems", "reference", "proxy", "gold", "data.prompts.evaluate"),
+    "evaluate": ("systems", "reference", "oracle", "proxy", "gold", "data.prompts.evaluate"),
 }
 
 

@@ -174,9 +174,34 @@ def test_report_has_what_scripts_read(tiny_run: Path) -> None:
     assert report["systems"]["best_of_4"]["proxy"]["mean"] > report["systems"]["sft"]["proxy"]["mean"]
 
 
+def test_every_system_has_its_measures_of_exposure_bias(tiny_run: Path) -> None:
+    report = read_json(tiny_run / "evaluate" / "report.json")
+    assert report["notes"] == ["no excess error, being the oracle itself (0 / 0): base"]
+    length = report["excess_error_length"]
+    for name, entry in report["systems"].items():
+        found = entry["exposure"]
+        estimates = [*found["seq_rep"].values(), *found["distinct"].values(), found["diversity"]]
+        for each in [*estimates, found["perplexity"]]:
+            assert each["low"] <= each["mean"] <= each["high"], name
+        assert found["seq_rep"]["4"]["mean"] == pytest.approx(entry["rep_4"])
+        assert found["distinct"]["2"]["mean"] == entry["distinct_2"]
+        lengths = [each["length"] for each in found["excess_error"]]
+        assert lengths == ([] if name == "base" else list(range(1, len(lengths) + 1)))
+        assert name == "base" or length in lengths
+        prefixes = {each["length"]: each for each in found["prefix_quality"]}
+        assert list(prefixes) == ([] if name == "best_of_4" else [4, 16])
+        for each in prefixes.values():
+            for kind in ("logprob", "score"):
+                quality = each[kind]
+                assert quality["mean"] == pytest.approx(quality["gold"] - quality["own"])
+                assert quality["low"] <= quality["mean"] <= quality["high"]
+                assert 10 <= quality["rows"] <= report["num_prompts"]
+
+
 def test_report_can_be_read_and_its_plots_are_pictures(tiny_run: Path) -> None:
     text = (tiny_run / "evaluate" / "report.md").read_text(encoding="utf-8")
-    for name in ("plots/scores.png", "plots/training.png"):
+    for name in ("scores", "diversity", "excess_error", "training"):
+        name = f"plots/{name}.png"
         assert f"]({name})" in text
         picture = (tiny_run / "evaluate" / name).read_bytes()
         assert picture.startswith(PNG) and len(picture) > 5000
@@ -220,12 +245,17 @@ def test_two_models_alone_are_compared_without_a_reward_model(tiny_run: Path, tm
             f"runs={tmp_path / 'runs'}",
             "num_prompts=8",
             "bootstrap=100",
+            "oracle=null",
+            "prefix_lengths=null",
         ),
         *("tracker=none", f"systems={{mine: '{mine}', theirs: '{theirs}'}}"),
     )
     assert result.status == 0, result.output
     (report,) = (tmp_path / "runs").glob("*/evaluate/report.json")
     found = read_json(report)
+    measured = found["systems"]["mine"]["exposure"]
+    assert (found["oracle"], found["notes"]) == (None, []) and "exposure bias" not in result.output
+    assert measured["perplexity"] is None and measured["excess_error"] == measured["prefix_quality"] == []
     assert found["baseline"] == "mine" and found["systems"]["mine"]["proxy"] is None
     assert {(rate["a"], rate["b"], rate["judge"]) for rate in found["win_rates"]} == {
         ("theirs", "mine", "gold")
@@ -247,7 +277,7 @@ def test_a_policy_that_ppo_did_not_write_has_no_training_curve(tiny_run: Path, t
     assert result.status == 0, result.output
     assert "only alone" in result.output
     (plots,) = (tmp_path / "runs").glob("*/evaluate/plots")
-    assert [path.name for path in plots.iterdir()] == ["scores.png"]
+    assert {path.name for path in plots.iterdir()} == {"scores.png", "diversity.png"}
 
 
 def test_lora_keeps_the_adapter_and_merges_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from rlhf.checkpoint import StageFolder
-from tests.stage_runs import SMALL, run_stage, run_until, same_results
+from tests.stage_runs import SMALL, read_json, run_stage, run_until, same_results
 
 pytestmark = pytest.mark.slow
 # What the killed stage stands on.
@@ -195,7 +196,16 @@ def test_evaluation_reads_back_what_was_sampled(tiny_run: Path, tmp_path: Path) 
     other = run_stage("evaluate", *words, "resume=true", "decoding.temperature=0.5")
     assert "decoding.temperature (1.0 -> 0.5)" in other.error
     assert sampled.stat().st_mtime_ns == before
+    measured = run / "evaluate" / "state" / "sft.exposure.json"
+    assert run_until(measured.exists, "evaluate", *words, "resume=true").status == -9
+    assert sampled.stat().st_mtime_ns == before
     assert run_stage("evaluate", *words, "resume=true").status == 0
+    reports = [read_json(each / "evaluate" / "report.json") for each in (run, tiny_run)]
+    ours, theirs = (
+        json.dumps(report["systems"]).replace(str(at), "")
+        for report, at in zip(reports, (run, tiny_run), strict=True)
+    )
+    assert ours == theirs
 
 
 def test_other_settings_are_refused_by_name(tiny_run: Path, tmp_path: Path) -> None:

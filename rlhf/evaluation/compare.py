@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlhf.evaluation.measures import best_of_n_kl, distinct_n, seq_rep
+from rlhf.evaluation.exposure import Evidence, PrefixQuality
+from rlhf.evaluation.measures import (
+    LEAST_ROWS,
+    best_of_n_kl,
+    distinct_interval,
+    distinct_n,
+    excess_error,
+    perplexity,
+    repetition,
+    seq_rep,
+)
 from rlhf.evaluation.statistics import bootstrap_mean, paired_difference, pearson, win_rate
 from rlhf.evaluation.systems import Generation, System
 
@@ -15,13 +25,16 @@ DISTINCT_LENGTH = 16
 
 @dataclass(frozen=True)
 class Scored:
-    """A system's generations, their scores and, under the reference's tokenizer, their log-ratios."""
+    """A system's generations, their scores and, under the reference's tokenizer, their log-ratios; what its
+    exposure bias is measured from, where it was.
+    """
 
     system: System
     generations: list[Generation]
     proxy: list[float] | None
     gold: list[float] | None
     log_ratios: list[float] | None
+    evidence: Evidence | None = None
 
 
 def summarise(scored: Scored, *, reference: str, num_bootstrap: int, seed: int) -> dict[str, Any]:
@@ -40,6 +53,7 @@ def summarise(scored: Scored, *, reference: str, num_bootstrap: int, seed: int) 
         "rep_4": seq_rep(tokens, 4),
         "distinct_2": distinct_n(tokens, 2, length=DISTINCT_LENGTH),
         "gold_length_correlation": None if scored.gold is None else pearson(scored.gold, lengths),
+        "exposure": _exposure(tokens, scored.evidence, **options),
     }
     return entry | _kl(scored, reference, **options)
 
@@ -62,6 +76,47 @@ def _kl(scored: Scored, reference: str, **options: int) -> dict[str, Any]:
         return {"kl": None, "kl_low": None, "kl_high": None, "kl_is_bound": False}
     estimate = bootstrap_mean(scored.log_ratios, **options)
     return {"kl": estimate.mean, "kl_low": estimate.low, "kl_high": estimate.high, "kl_is_bound": False}
+
+
+def _exposure(tokens: Sequence[list[int]], evidence: Evidence | None, **options: int) -> dict[str, Any]:
+    """The measures of exposure bias; None, or an empty list, where there was nothing to take them from."""
+    repeated, diversity = repetition(tokens, **options)
+    found = evidence or Evidence(None, None, None, None, [])
+    errors = excess_error(found.own_kl or [], found.gold_kl or [], **options)
+    distinct = {n: distinct_interval(tokens, n, length=DISTINCT_LENGTH) for n in (1, 2, 3)}
+    return {
+        "seq_rep": {str(n): vars(each) for n, each in enumerate(repeated, start=1)},
+        "distinct": {str(n): vars(each) for n, each in distinct.items()},
+        "diversity": vars(diversity),
+        "perplexity": None if found.logprobs is None else vars(perplexity(found.logprobs, **options)),
+        "mauve": found.mauve,
+        "excess_error": [asdict(each) for each in errors],
+        "prefix_quality": [_prefix_entry(each, **options) for each in found.prefixes],
+    }
+
+
+def _prefix_entry(quality: PrefixQuality, **options: int) -> dict[str, Any]:
+    """Means after gold and after own tokens, and the first less the second with its interval."""
+    entry: dict[str, Any] = {"length": quality.length}
+    for name, pairs in (("logprob", quality.logprobs), ("score", quality.scores)):
+        if pairs is not None:
+            gold, own = zip(*pairs, strict=True)
+            difference = paired_difference(gold, own, **options)
+            means = {"rows": len(pairs), "gold": sum(gold) / len(pairs), "own": sum(own) / len(pairs)}
+            entry[name] = means | vars(difference)
+    return entry
+
+
+def equals_oracle(scored: Scored, entry: dict[str, Any]) -> bool:
+    """Whether a system has no excess error because its policy is its oracle: 0 / 0."""
+    rows = [] if scored.evidence is None else scored.evidence.gold_kl or []
+    return len(rows) >= LEAST_ROWS and not entry["exposure"]["excess_error"]
+
+
+def common_length(entries: Sequence[dict[str, Any]]) -> int | None:
+    """The largest length at which all systems that have an excess error have one; None where none has."""
+    errors = [entry["exposure"]["excess_error"] for entry in entries]
+    return min((each[-1]["length"] for each in errors if each), default=None)
 
 
 def _estimate(scores: Sequence[float] | None, **options: int) -> dict[str, float] | None:

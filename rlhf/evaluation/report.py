@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.evaluation.compare import Scored
+from rlhf.evaluation.plots import CURVES, plot_diversity, plot_excess_error, plot_scores, plot_training
 from rlhf.files import write_text
 from rlhf.processes import by_main
 
@@ -16,13 +17,12 @@ SIMULATED = (
     "responses, and a second one, of another kind and trained on other texts, gives the gold score. "
     "No person judged them."
 )
+EXPOSURE = (
+    "Excess error: how much farther the system is from the oracle after its own tokens than after gold ones. "
+    "Log-prob (by the oracle, per token) and gold score of continuations after gold prefixes, less after "
+    "own ones. Each measure and its source: docs/exposure.md."
+)
 COLUMNS = ("system", "gold", "proxy", "KL", "length", "ended", "rep-4", "distinct-2", "wins (gold)")
-
-CURVES = {
-    "score": "reward's score",
-    "kl": "KL to the start, nats per response",
-    "length": "response length, tokens",
-}
 
 
 def table_rows(report: dict[str, Any]) -> list[list[str]]:
@@ -49,6 +49,25 @@ def table_rows(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def exposure_table(report: dict[str, Any]) -> list[list[str]]:
+    """The table of exposure bias: its header, and a row a system, as text."""
+    exposures = {name: entry["exposure"] for name, entry in report["systems"].items()}
+    prefix = max((each["length"] for e in exposures.values() for each in e["prefix_quality"]), default=None)
+    length = report["excess_error_length"]
+    after = "" if prefix is None else f" after {prefix} gold less own tokens"
+    columns = ["system", "excess error, %" + ("" if length is None else f", to {length} tokens")]
+    columns += [f"log-prob{after}", f"gold score{after}", "seq-rep-4", "distinct-2", "diversity"]
+    rows = [[*columns, "perplexity", "MAUVE"]]
+    for name, each in exposures.items():
+        errors = {error["length"]: error["excess"] for error in each["excess_error"]}
+        pairs: dict[str, Any] = {pair["length"]: pair for pair in each["prefix_quality"]}.get(prefix, {})
+        cells = [errors.get(length), pairs.get("logprob"), pairs.get("score"), each["seq_rep"]["4"]]
+        cells += [each["distinct"]["2"], each["diversity"], each["perplexity"]]
+        last = "-" if each["mauve"] is None else f"{each['mauve']:.2f}"
+        rows.append([name, *map(_interval, cells), last])
+    return rows
+
+
 def print_table(report: dict[str, Any]) -> None:
     """Print the final table to the terminal."""
     rows = [list(COLUMNS), *table_rows(report)]
@@ -65,7 +84,9 @@ def write_report(
     write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    names = [plot_scores(report, plots / "scores.png")]
+    names = [plot_scores(report, plots / "scores.png"), plot_diversity(report, plots / "diversity.png")]
+    if report["excess_error_length"] is not None:
+        names.append(plot_excess_error(report, plots / "excess_error.png"))
     rows = [] if curves is None or not curves.exists() else training_rows(curves)
     if rows:
         names.append(plot_training(rows, plots / "training.png"))
@@ -74,57 +95,17 @@ def write_report(
     )
 
 
-def plot_scores(report: dict[str, Any], path: Path) -> str:
-    """Gold and proxy of every system with 95% intervals."""
-    pyplot = _pyplot()
-    judges = [j for j in ("gold", "proxy") if all(e[j] is not None for e in report["systems"].values())]
-    figure, axes = pyplot.subplots(
-        1, max(len(judges), 1), figsize=(4.5 * max(len(judges), 1), 3.2), squeeze=False
-    )
-    names = list(report["systems"])
-    for axis, judge in zip(axes[0], judges, strict=False):
-        entries = [report["systems"][name][judge] for name in names]
-        means = [entry["mean"] for entry in entries]
-        errors = [[e["mean"] - e["low"] for e in entries], [e["high"] - e["mean"] for e in entries]]
-        axis.errorbar(means, range(len(names)), xerr=errors, fmt="o", color="tab:blue", capsize=3)
-        axis.set_yticks(range(len(names)), names)
-        axis.invert_yaxis()
-        axis.set_title(f"{judge} score, 95% interval")
-        axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path.name
-
-
 def training_rows(metrics: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl that PPO wrote; other stages' lines have no score and no KL."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if CURVES.keys() <= row.keys()]
 
 
-def plot_training(rows: Sequence[dict[str, float]], path: Path) -> str:
-    """Score, KL and length over the updates of a PPO run."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(10, 2.8))
-    for axis, (key, title) in zip(axes, CURVES.items(), strict=True):
-        axis.plot([row["step"] for row in rows], [row[key] for row in rows], color="tab:blue")
-        axis.set_title(title)
-        axis.set_xlabel("update")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path.name
-
-
 def _markdown(
     report: dict[str, Any], scored: Sequence[Scored], plots: Sequence[str], num_samples: int
 ) -> str:
-    header = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS) + "\n"
-    table = header + "".join(
-        "| " + " | ".join([_escaped(name), *cells]) + " |\n" for name, *cells in table_rows(report)
-    )
+    table = _table([list(COLUMNS), *table_rows(report)])
+    notes = "".join(f"- {_escaped(note)}\n" for note in report["notes"])
     images = "\n".join(f"![{name}]({name})" for name in plots)
     note = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
     return (
@@ -133,12 +114,20 @@ def _markdown(
         "random numbers for all. Intervals are 95% (bootstrap over prompts). KL is to "
         f"`{report['reference']}`, a bound for best-of-n. Wins are against `{report['baseline']}`.\n\n"
         f"{table}\n{images}\n\n"
+        f"## Exposure bias\n\n{EXPOSURE}\n\n{_table(exposure_table(report))}\n{notes}\n"
         f"## Samples\n\n{_samples(scored, num_samples)}"
         "\n## How to reproduce\n\nIn an empty `runs=` folder:\n\n"
         + "".join(f"    {command}\n" for command in report["commands"])
         + "\n"
         + "".join(f"- {name} {version}\n" for name, version in report["versions"].items())
     )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """A header and rows, whose first cells are names, as a table of Markdown."""
+    header, *others = rows
+    lines = [header, ["---"] * len(header), *([_escaped(name), *cells] for name, *cells in others)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _samples(scored: Sequence[Scored], num_samples: int) -> str:
@@ -168,12 +157,3 @@ def _escaped(text: str) -> str:
 
 def _interval(entry: dict[str, float] | None) -> str:
     return "-" if entry is None else f"{entry['mean']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -5,7 +5,7 @@ with all samples of a prompt together, because samples of one prompt are not ind
 percentile intervals (Efron and Tibshirani 1993, chapter 13). Letters: P prompts, S samples per prompt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -48,6 +48,34 @@ def bootstrap_mean(
     means = np.concatenate(list(_resampled_means(array.mean(axis=1), num_bootstrap, seed)))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(array.mean()), float(low), float(high))
+
+
+def bootstrap_of_means(
+    rows: ArrayLike,
+    statistic: Callable[[Floats], Floats],
+    *,
+    num_bootstrap: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> list[Estimate]:
+    """Return statistic(mean of the rows) with bootstrap intervals, resampling the rows (P, K), one a prompt.
+
+    `statistic` takes means (..., K) to numbers (..., M): a ratio of means, say. Resamples in which one has no
+    value (0 / 0) do not count.
+    """
+    array: Floats = np.asarray(rows, dtype=np.float64)
+    assert array.ndim == 2 and array.size > 0 and np.isfinite(array).all(), array.shape
+    num_prompts, rng = len(array), np.random.default_rng(seed)
+    block, shares = max(1, BLOCK_ELEMENTS // max(array.shape)), np.full(num_prompts, 1 / num_prompts)
+    found = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for start in range(0, num_bootstrap, block):
+            counts = rng.multinomial(num_prompts, shares, size=min(block, num_bootstrap - start))
+            # not by a matrix product, whose rounding may follow the number of threads
+            found.append(statistic(np.einsum("bp,pk->bk", counts / num_prompts, array)))
+        means = statistic(array.mean(axis=0))
+        ends = np.nanquantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [Estimate(*map(float, numbers)) for numbers in zip(means, *ends, strict=True)]
 
 
 def paired_difference(

@@ -8,10 +8,10 @@ numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -23,6 +23,10 @@ from rlhf.processes import ALONE
 from rlhf.records import PromptRecord
 from rlhf.rewards import checked_scores
 from rlhf.sampling.policy import Policy
+
+Tokens: TypeAlias = Sequence[list[int]]
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -75,36 +79,51 @@ def generate(  # noqa: PLR0913 (a system with its policy, what it answers, and h
     seed: int,
     bar: Any,
 ) -> list[Generation]:
-    """One response of a system to each prompt; with `best_of` the one that the proxy scores highest.
-
-    A process samples whole batches, so that the numbers are the same, to the last digit, for any number of
-    processes.
-    """
+    """One response of a system to each prompt; with `best_of` the one that the proxy scores highest."""
     assert system.best_of == 1 or proxy is not None, system
-    processes, by_itself = policy.engine.processes, replace(policy.engine, processes=ALONE)
-    own = replace(policy, engine=by_itself)
     per_batch = max(1, batch_size // (system.best_of * system.decoding.num_beams))
-    starts = range(0, len(records), per_batch)
 
-    def sampled(start: int) -> list[Generation]:
-        batch = records[start : start + per_batch]
+    def sampled(own: Policy, start: int, batch: Sequence[PromptRecord]) -> list[Generation]:
         prompts = [record.prompt for record in batch for _ in range(system.best_of)]
-        found = _generations(
+        return _generations(
             prompts, own.respond(prompts, system.decoding, seed=seed * 1_000_003 + start), own
         )
-        bar.update(len(batch))
-        return found
 
-    mine = [sampled(start) for start in processes.share(starts)]
-    bar.update(len(records) - sum(len(found) for found in mine) // system.best_of)
     chosen: list[Generation] = []
-    for found in processes.gathered(mine, len(starts)):
+    for found in by_batches(policy, records, per_batch, sampled, bar):
         if system.best_of > 1:
             scores = checked_scores(proxy, [g.prompt for g in found], [g.response for g in found])
             best = scores.view(-1, system.best_of).argmax(1)
             found = [found[i * system.best_of + int(b)] for i, b in enumerate(best)]
         chosen += found
     return chosen
+
+
+def by_batches(
+    policy: Policy,
+    items: Sequence[T],
+    per_batch: int,
+    function: Callable[[Policy, int, Sequence[T]], list[U]],
+    bar: Any | None = None,
+) -> list[list[U]]:
+    """What `function` of a policy, a batch's first place and its items gives, batch after batch.
+
+    A process takes whole batches, so that the numbers are the same, to the last digit, for any number of
+    processes.
+    """
+    processes, by_itself = policy.engine.processes, replace(policy.engine, processes=ALONE)
+    own = replace(policy, engine=by_itself)
+    starts = range(0, len(items), per_batch)
+    mine, num_left = [], len(items)
+    for start in processes.share(starts):
+        batch = items[start : start + per_batch]
+        mine.append(function(own, start, batch))
+        num_left -= len(batch)
+        if bar is not None:
+            bar.update(len(batch))
+    if bar is not None:
+        bar.update(num_left)
+    return processes.gathered(mine, len(starts))
 
 
 def _generations(prompts: Sequence[Any], rollout: Rollout, policy: Policy) -> list[Generation]:
@@ -114,25 +133,44 @@ def _generations(prompts: Sequence[Any], rollout: Rollout, policy: Policy) -> li
     return [Generation(*row) for row in zip(*columns, strict=True)]
 
 
-@torch.no_grad()
 def reference_logprobs(
     reference: Policy, generations: Sequence[Generation], *, temperature: float
 ) -> list[float]:
     """Log-probs (P,) of whole responses under a reference policy with the same tokenizer."""
-    codec, engine = reference.codec, reference.engine
-    prompts = left_pad(
-        [codec.encode_prompt(g.prompt) for g in generations], codec.pad_token_id, engine.device
-    )
-    rollout = join(prompts, [g.tokens for g in generations], codec.pad_token_id)
+    contexts = [reference.codec.encode_prompt(g.prompt) for g in generations]
+    rows = token_logprobs(reference, contexts, [g.tokens for g in generations], temperature=temperature)
+    return [sum(row) for row in rows]
+
+
+def token_logprobs(
+    policy: Policy, contexts: Tokens, responses: Tokens, *, temperature: float = 1.0
+) -> list[list[float]]:
+    """Log-probs in nats of each response's tokens after its context: a list of as many numbers."""
+
+    def of_piece(piece: Rollout) -> torch.Tensor:
+        return response_logprobs(policy.model, piece, temperature=temperature)
+
+    rows = by_rows(policy, contexts, responses, of_piece)
+    return [row[: len(response)] for row, response in zip(rows, responses, strict=True)]
+
+
+@torch.no_grad()
+def by_rows(
+    policy: Policy, contexts: Tokens, responses: Tokens, function: Callable[[Rollout], torch.Tensor]
+) -> list[list[float]]:
+    """What `function` of some rows gives, (B, ...) for B of them, row after row; padding is that of a piece.
+
+    All processes share the passes; which rows share one does not depend on how many they are.
+    """
+    if not contexts:
+        return []
+    engine, pad = policy.engine, policy.codec.pad_token_id
+    rollout = join(left_pad(list(contexts), pad, engine.device), list(responses), pad)
     pieces = engine.micro_batches(rollout.lengths())
-
-    def total(index: torch.Tensor) -> torch.Tensor:
-        piece = rollout.rows(index)
-        return response_logprobs(reference.model, piece, temperature=temperature).sum(1).cpu()
-
     with engine.autocast():
-        totals = engine.shared_out(total, pieces)
-    return torch.cat(totals)[torch.cat(pieces).argsort()].tolist()
+        found = engine.shared_out(lambda index: function(rollout.rows(index)), pieces)
+    rows = [row for piece in found for row in piece.tolist()]
+    return [rows[place] for place in torch.cat(pieces).argsort().tolist()]
 
 
 def save_generations(path: Path, generations: Sequence[Generation]) -> None:

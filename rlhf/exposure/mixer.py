@@ -48,7 +48,7 @@ class Mixer:
         references = [codec.encode_response(record.reference or "")[:longest] for record in records]
         gold = [tokens[: max(0, len(tokens) - own)] for tokens in references]
         prompts = [codec.encode_prompt(record.prompt) for record in records]
-        sampled = policy.continue_tokens(
+        sampled = policy.go_on(
             [prompt + given for prompt, given in zip(prompts, gold, strict=True)],
             replace(decoding, max_new_tokens=longest - min(map(len, gold))),
             seed=seed,

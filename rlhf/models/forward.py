@@ -18,7 +18,8 @@ from rlhf.batches import Rollout
 from rlhf.models import llama
 from rlhf.models.loading import head, logits_of, trunk
 from rlhf.models.sharded import through
-from rlhf.numerics.logprobs import entropy, token_logprobs, token_logprobs_and_entropy
+from rlhf.numerics.kl import divergence
+from rlhf.numerics.logprobs import CHUNK_FLOATS, entropy, token_logprobs, token_logprobs_and_entropy
 from rlhf.numerics.masked import last_true_index
 
 T = TypeVar("T")
@@ -80,6 +81,20 @@ def response_logprobs_and_entropy(
     else:
         logprobs, entropies = token_logprobs_and_entropy(logits, tokens, temperature)
     return _scattered(logprobs, rollout.response_mask), _scattered(entropies, rollout.response_mask)
+
+
+@torch.no_grad()
+def response_divergence(model: Any, other: Any, rollout: Rollout) -> Tensor:
+    """KL (B, R) in nats of one model's distribution of each response token to another's, 0 off the response.
+
+    Exact, at temperature 1. Vocabulary scores are held for few positions at a time; rows of an embedding that
+    one of the models has beyond the other's belong to no token.
+    """
+    size = min(head(each).weight.shape[0] for each in (model, other))
+    states = [_states_before_response(each, rollout) for each in (model, other)]
+    pieces = zip(*(each.split(max(1, CHUNK_FLOATS // size)) for each in states), strict=True)
+    found = [divergence(logits_of(model, a)[:, :size], logits_of(other, b)[:, :size]) for a, b in pieces]
+    return _scattered(torch.cat(found), rollout.response_mask)
 
 
 @_through_root

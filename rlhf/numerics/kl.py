@@ -1,4 +1,4 @@
-"""Estimators of KL(policy || reference) from sampled tokens, and the controllers of its coefficient.
+"""KL of two distributions, its estimators from sampled tokens, and the controllers of its coefficient.
 
 Schulman, "Approximating KL divergence" (2020), http://joschu.net/blog/kl-approx.html. With log_ratio =
 ref_logprobs - logprobs of tokens sampled from the policy, every estimator has mean KL or close to it, but
@@ -8,6 +8,7 @@ none.
 
 import math
 
+import torch
 from torch import Tensor
 
 MAX_RELATIVE_ERROR = 0.2
@@ -32,6 +33,17 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def _log_ratio(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     assert logprobs.shape == ref_logprobs.shape, (logprobs.shape, ref_logprobs.shape)
     return ref_logprobs.float() - logprobs.float()
+
+
+def divergence(logits: Tensor, other_logits: Tensor) -> Tensor:
+    """Return KL(p || q) in nats for p = softmax(logits), q = softmax(other_logits), in float32.
+
+    sum_v p_v (log p_v - log q_v), exactly; a token that p rules out adds 0. Shapes (N, V), (N, V) -> (N,).
+    """
+    assert logits.shape == other_logits.shape, (logits.shape, other_logits.shape)
+    logprobs, others = (torch.log_softmax(each.float(), dim=-1) for each in (logits, other_logits))
+    gaps = torch.where(logprobs == -torch.inf, 0.0, logprobs - others)  # not -inf + inf, nor 0 * inf
+    return torch.linalg.vecdot(logprobs.exp(), gaps)
 
 
 class FixedKL:

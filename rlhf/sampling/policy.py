@@ -43,12 +43,18 @@ class Policy:
         With beams, each prompt standing `num_return_sequences` times in a row, as many of a search's best.
         """
         tokens = [self.codec.encode_prompt(prompt) for prompt in prompts]
-        return self.continue_tokens(tokens, decoding, seed=seed, num_return_sequences=num_return_sequences)
+        return self.go_on(tokens, decoding, seed=seed, num_return_sequences=num_return_sequences)
 
-    def continue_tokens(
-        self, tokens: list[list[int]], decoding: Decoding, *, seed: int, num_return_sequences: int = 1
+    def go_on(
+        self,
+        tokens: list[list[int]],
+        decoding: Decoding,
+        *,
+        seed: int,
+        num_return_sequences: int = 1,
+        begun: Sequence[list[int]] | None = None,
     ) -> Rollout:
-        """The same for prompts that are tokens already."""
+        """`respond` after tokens; `begun`: those at the end of each row that penalties take for response."""
         uniforms = draw_uniforms(len(tokens), decoding.max_new_tokens, seed)
         processes = self.engine.processes
         # neighbours stay together: they may share their prompt
@@ -68,6 +74,7 @@ class Policy:
                     pad_token_id=self.codec.pad_token_id,
                     uniforms=uniforms[mine],
                     num_return_sequences=num_return_sequences,
+                    begun=begun and begun[mine],
                 )
                 assert rollout.behaviour_logprobs is not None
                 found = (rollout.responses(), rollout.behaviour_logprobs.tolist())

@@ -54,17 +54,20 @@ def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and
     pad_token_id: int,
     uniforms: Tensor,
     num_return_sequences: int = 1,
+    begun: Sequence[list[int]] | None = None,
 ) -> Rollout:
     """Sample one response to each prompt, or search for it with several beams.
 
     `prompts` are token lists, `uniforms` is (B, R). A response ends with its first EOS or is cut at
     `max_new_tokens`. With beams every prompt stands `num_return_sequences` times in a row, for as many of the
-    responses that one search finds, the best first.
+    responses that one search finds, the best first. `begun` are tokens at the end of each prompt that
+    penalties take for response.
     """
     assert uniforms.shape == (len(prompts), decoding.max_new_tokens), uniforms.shape
     batch = left_pad(prompts, pad_token_id, device=model.device)
     with evaluating(model):
         if decoding.num_beams > 1:
+            assert begun is None, "beams know no response that was begun"
             responses = beam_search(
                 model,
                 left_pad(prompts[::num_return_sequences], pad_token_id, device=model.device),
@@ -76,7 +79,7 @@ def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and
             logprobs = [[0.0] * len(tokens) for tokens in responses]  # as greedy: nothing is drawn
         else:
             loop = _Loop(model, batch, _first_of_equals(prompts))
-            before = prompts if decoding.penalty_scope == "all" else [[]] * len(prompts)
+            before = prompts if decoding.penalty_scope == "all" else begun or [[]] * len(prompts)
             numbers = uniforms.to(model.device)
             responses, logprobs = _generate(loop, decoding, eos_token_id, numbers, before)
     return join(batch, responses, pad_token_id, logprobs)

@@ -24,6 +24,13 @@ def test_texts_are_short_and_follow_the_grammar(files):
         assert words is not None and set(words.groups()) <= WORDS
 
 
+def test_prompts_have_an_answer_of_their_own(files):
+    for name in ("collect", "ppo", "evaluate"):
+        references = [record.reference for record in files[f"{name}_prompts"]]
+        assert all(re.fullmatch(r" (\w+), (\w+) and (\w+)\.", text) for text in references)
+        assert len(set(references)) > len(references) / 2
+
+
 def test_prompts_are_disjoint_but_for_two_answers_in_training(files):
     names = [f"{name}_prompts" if name in ("collect", "ppo", "evaluate") else name for name in toy.PROMPTS]
     for i, name in enumerate(names):

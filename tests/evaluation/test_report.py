@@ -2,14 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf.decoding import Decoding
-from rlhf.evaluation.compare import Scored, compare, summarise, verdict
-from rlhf.evaluation.report import print_table, table_rows, training_rows, write_report
+from rlhf.evaluation.compare import Scored, common_length, compare, summarise, verdict
+from rlhf.evaluation.exposure import Evidence, PrefixQuality
+from rlhf.evaluation.report import exposure_table, print_table, table_rows, training_rows, write_report
 from rlhf.evaluation.systems import Generation, System
 
 HOSTILE = (
@@ -38,13 +40,16 @@ def systems() -> list[Scored]:
 
 
 def report_of(systems: list[Scored]) -> dict[str, Any]:
+    entries = {s.system.name: summarise(s, reference="sft", **OPTIONS) for s in systems}
     report = {
         "name": "a|<b>",
         "num_prompts": len(HOSTILE),
         "baseline": "sft",
         "reference": "sft",
         "preferences_simulated": True,
-        "systems": {s.system.name: summarise(s, reference="sft", **OPTIONS) for s in systems},
+        "notes": ["no oracle: <b>"],
+        "excess_error_length": common_length(list(entries.values())),
+        "systems": entries,
         **compare(systems, "sft", **OPTIONS),
         "commands": ["./launch.sh stage=evaluate"],
         "versions": {"torch": "2"},
@@ -85,10 +90,11 @@ def test_the_files_are_there_and_the_plots_are_pictures(systems: list[Scored], t
     write_report(tmp_path, report, systems, curves=curves, num_samples=2)
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    for name in ("scores", "training"):
+    for name in ("scores", "diversity", "training"):
         picture = (tmp_path / "plots" / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000
         assert f"](plots/{name}.png)" in text
+    assert "excess_error.png" not in text and "- no oracle: &lt;b&gt;\n" in text
     assert "simulated" in text and text.count("| system | response |") == 2
 
 
@@ -116,3 +122,29 @@ def test_the_table_by_hand(systems: list[Scored], capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and len({line.index("1") for line in lines[1:2]}) == 1
     assert lines[0].split()[:3] == ["system", "gold", "proxy"]
+
+
+def test_the_table_of_exposure_bias_by_hand(systems: list[Scored], tmp_path: Path) -> None:
+    same, shorter = ([[1.0] * n] * 10 for n in (3, 2))
+    pairs = [(-1.0, -2.0)] * 10
+    evidence = [
+        Evidence(same, same, [[0.0]], 0.5, [PrefixQuality(4, pairs, None)]),
+        Evidence(shorter, shorter, None, None, []),
+    ]
+    with_both = [replace(s, evidence=e) for s, e in zip(systems, evidence, strict=True)]
+    report = report_of(with_both)
+    header, first, second = exposure_table(report)
+    assert header[1:4] == [
+        "excess error, %, to 2 tokens",
+        "log-prob after 4 gold less own tokens",
+        "gold score after 4 gold less own tokens",
+    ]
+    # five tokens without repetition; four bigrams that all eight share, 4 / 32; exp(0)
+    nothing = "0.00 [0.00, 0.00]"
+    assert first[:5] == ["sft", nothing, "1.00 [1.00, 1.00]", "-", nothing]
+    assert first[6:] == ["1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]", "0.50"]
+    assert second[:5] == ["p|po", nothing, "-", "-", nothing] and second[7:] == ["-", "-"]
+    assert all(len(row) == len(header) for row in (first, second))
+    write_report(tmp_path, report, with_both, curves=None, num_samples=1)
+    assert "](plots/excess_error.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "plots" / "excess_error.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

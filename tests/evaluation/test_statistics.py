@@ -12,6 +12,7 @@ from rlhf.evaluation.statistics import (
     Estimate,
     WinRate,
     bootstrap_mean,
+    bootstrap_of_means,
     paired_difference,
     pearson,
     wilson_interval,
@@ -137,6 +138,35 @@ def test_the_95_percent_interval_covers_the_truth_that_often() -> None:
         found = bootstrap_mean(scores, num_bootstrap=1000, seed=seed)
         covered += found.low <= 0 <= found.high
     assert 0.93 <= covered / num_data_sets <= 0.97
+
+
+def test_a_function_of_means_is_resampled_as_a_mean_is() -> None:
+    scores = np.random.default_rng(0).normal(size=(80, 2))
+    found = bootstrap_of_means(scores, lambda means: means, num_bootstrap=4000)
+    for each, column in zip(found, scores.T, strict=True):
+        expected = bootstrap_mean(column, num_bootstrap=4000)
+        assert each.mean == pytest.approx(expected.mean)
+        assert (each.low, each.high) == pytest.approx((expected.low, expected.high), abs=0.03)
+
+
+def test_the_interval_of_a_ratio_covers_the_truth_that_often() -> None:
+    rng, covered, num_data_sets = np.random.default_rng(0), 0, 400
+    for seed in range(num_data_sets):
+        lengths = rng.integers(1, 20, size=80)
+        sums = [rng.exponential(2.0, size=n).sum() for n in lengths]
+        rows = np.stack([sums, lengths], axis=1)
+        (found,) = bootstrap_of_means(rows, lambda m: m[..., :1] / m[..., 1:], num_bootstrap=400, seed=seed)
+        covered += found.low <= 2.0 <= found.high
+    assert 0.92 <= covered / num_data_sets <= 0.98
+
+
+def test_resamples_without_a_value_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [[1.0, 1.0], [0.0, 0.0]]  # a quarter of the resamples is 0 / 0
+    ratio: Any = lambda means: means[..., :1] / means[..., 1:]  # noqa: E731
+    assert bootstrap_of_means(rows, ratio, num_bootstrap=100) == [Estimate(1.0, 1.0, 1.0)]
+    whole = bootstrap_of_means(np.arange(30.0).reshape(15, 2), ratio, num_bootstrap=500)
+    monkeypatch.setattr(statistics, "BLOCK_ELEMENTS", 7 * 15)
+    assert bootstrap_of_means(np.arange(30.0).reshape(15, 2), ratio, num_bootstrap=500) == whole
 
 
 def test_scores_that_do_not_pair_or_are_not_finite_are_refused() -> None:

@@ -71,7 +71,7 @@ def test_responses_begin_with_the_references_and_go_on_as_sampled(
         assert EOS not in response[:-1]
         starts.append(codec.encode_prompt(record.prompt) + reference[:count])
     longest = Decoding(LONGEST - min(given))
-    sampled = policy.continue_tokens(starts, longest, seed=5).responses()
+    sampled = policy.go_on(starts, longest, seed=5).responses()
     for response, rest, count in zip(rollout.responses(), sampled, given, strict=True):
         assert response[count:] == rest[: LONGEST - count]
 

@@ -1,6 +1,7 @@
 """Estimators of KL against enumeration, and the controllers of its coefficient."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.numerics.advantages import shaped_rewards
-from rlhf.numerics.kl import AdaptiveKL, FixedKL, k1, k2, k3
+from rlhf.numerics.kl import AdaptiveKL, FixedKL, divergence, k1, k2, k3
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
 
@@ -182,3 +183,20 @@ def test_a_target_or_horizon_of_zero_is_refused() -> None:
 def test_a_kl_that_is_not_finite_moves_no_controller() -> None:
     with pytest.raises(AssertionError, match="kl is nan"):
         adaptive().update(float("nan"), episodes=1)
+
+
+def test_divergence_is_that_of_enumeration() -> None:
+    logits = torch.tensor([ENUMERATION["theta"], ENUMERATION["ref_logits"]])
+    others = torch.tensor([ENUMERATION["ref_logits"]]).expand(2, -1)
+    found = divergence(logits, others)
+    assert found.tolist() == pytest.approx([ENUMERATION["kl"], 0.0], abs=1e-6)
+    # adding a number to all scores changes no distribution
+    assert divergence(logits + 30, others - 5).tolist() == pytest.approx(found.tolist(), abs=1e-5)
+
+
+def test_a_token_that_is_ruled_out_adds_nothing_or_everything() -> None:
+    ruled_out = torch.tensor([[0.0, 0.0, -torch.inf]])
+    # (1/2, 1/2, 0) from (1/3, 1/3, 1/3): log 3/2; the other way a token of probability 1/3 cannot be said
+    assert divergence(ruled_out, torch.zeros(1, 3)).item() == pytest.approx(math.log(1.5))
+    assert divergence(torch.zeros(1, 3), ruled_out).item() == math.inf
+    assert divergence(ruled_out, ruled_out).item() == 0.0

@@ -1,0 +1,207 @@
+"""What a system's exposure bias is measured from: passes of its policy and of an oracle, row by row.
+
+An oracle is a model with the policy's tokenizer whose distributions stand for those of people. Both models
+read the same tokens, which the policy's codec makes. P prompts, R response positions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf.batches import Rollout
+from rlhf.evaluation.measures import LEAST_ROWS
+from rlhf.evaluation.systems import Generation, System, Tokens, by_batches, by_rows, token_logprobs
+from rlhf.files import write_text
+from rlhf.models.forward import last_states, response_divergence
+from rlhf.processes import by_main
+from rlhf.records import PromptRecord
+from rlhf.rewards import checked_scores
+from rlhf.sampling.policy import Policy
+
+LEAST_MAUVE_ROWS = 200
+ROWS_PER_BUCKET = 20  # of either side: with fewer the quantization counts noise, and faiss says so
+
+Pairs = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What systems are measured with: an oracle, and a scorer of texts, None where there is none; how long
+    the prefixes are that responses are continued from, so many at a time.
+    """
+
+    oracle: Policy | None
+    scorer: Any | None
+    prefix_lengths: Sequence[int]
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class PrefixQuality:
+    """How good continuations are after `length` tokens: (after gold ones, after own ones), a pair a prompt.
+
+    logprobs: the oracle's mean log-prob of a continuation's tokens after its prefix, in nats; scores: of its
+    text alone, by the scorer.
+    """
+
+    length: int
+    logprobs: Pairs | None
+    scores: Pairs | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was found of one system; None where there was nothing to find it with.
+
+    own_kl, gold_kl: `divergences` after own and after gold tokens, of the prompts with a reference; logprobs:
+    the oracle's, in nats, of every token of all responses; mauve: see `mauve`.
+    """
+
+    own_kl: list[list[float]] | None
+    gold_kl: list[list[float]] | None
+    logprobs: list[list[float]] | None
+    mauve: float | None
+    prefixes: list[PrefixQuality]
+
+
+def measure(
+    system: System,
+    policy: Policy,
+    generations: Sequence[Generation],
+    records: Sequence[PromptRecord],
+    instruments: Instruments,
+) -> Evidence:
+    """Measure a system's responses, generation i being that to record i.
+
+    Contexts of the own kind are the responses as the system decoded them; the distributions after them are
+    the model's own at temperature 1, whatever the decoding. A best of n and beams do not go on from a prefix
+    as they went on from their own, so they have no `prefixes`.
+    """
+    codec, oracle = policy.codec, instruments.oracle
+    contexts = [codec.encode_prompt(g.prompt) for g in generations]
+    own = [g.tokens for g in generations]
+    known = [i for i, record in enumerate(records) if record.reference is not None]
+    limit = system.decoding.max_new_tokens
+    gold = [codec.encode_response(str(records[i].reference))[:limit] for i in known]
+    triples = [(generations[i].prompt, contexts[i], own[i], g) for i, g in zip(known, gold, strict=True)]
+    goes_on = system.best_of == 1 and system.decoding.num_beams == 1
+    found = [
+        prefix_quality(length, system, policy, triples, instruments)
+        for length in (instruments.prefix_lengths if goes_on else ())
+    ]
+    prefixes = [each for each in found if each is not None]
+    if oracle is None:
+        return Evidence(None, None, None, None, prefixes)
+    logprobs = token_logprobs(oracle, contexts, own)
+    before, said = [contexts[i] for i in known], [own[i] for i in known]
+    own_kl, gold_kl = (divergences(oracle, policy, before, tokens) for tokens in (said, gold))
+    return Evidence(own_kl, gold_kl, logprobs, mauve(oracle, before, gold, said), prefixes)
+
+
+def divergences(oracle: Policy, policy: Policy, contexts: Tokens, responses: Tokens) -> list[list[float]]:
+    """KL(oracle || policy) in nats of the next token's distributions: [i][t] after context i and the first t
+    tokens of response i, t < its length. Exact, from all vocabulary scores, at temperature 1.
+    """
+
+    def of_piece(piece: Rollout) -> torch.Tensor:
+        return response_divergence(oracle.model, policy.model, piece)
+
+    rows = by_rows(policy, contexts, responses, of_piece)
+    return [row[: len(response)] for row, response in zip(rows, responses, strict=True)]
+
+
+def prefix_quality(
+    length: int,
+    system: System,
+    policy: Policy,
+    triples: Sequence[tuple[Any, list[int], list[int], list[int]]],
+    instruments: Instruments,
+) -> PrefixQuality | None:
+    """The quality of what follows `length` own tokens, as sampled, and of what the system says after as many
+    gold ones; None for fewer than LEAST_ROWS rows with both.
+
+    A row is (prompt, its tokens, own tokens, gold tokens). Neither prefix is scored. Continuations end where
+    responses would, and penalties know the prefix as the response's. He et al. (2021),
+    https://arxiv.org/abs/1905.10617.
+    """
+    rows = [row for row in triples if min(len(row[2]), len(row[3])) > length]
+    if len(rows) < LEAST_ROWS:
+        return None
+    codec, seed = policy.codec, (instruments.seed + length) * 1_000_003
+    decoding = replace(system.decoding, max_new_tokens=system.decoding.max_new_tokens - length)
+
+    def sampled(one: Policy, start: int, batch: Sequence[Any]) -> list[list[int]]:
+        begun = [gold[:length] for _, _, _, gold in batch]
+        tokens = [context + prefix for (_, context, _, _), prefix in zip(batch, begun, strict=True)]
+        return one.go_on(tokens, decoding, seed=seed + start, begun=begun).responses()
+
+    found = by_batches(policy, rows, instruments.batch_size, sampled)
+    after_gold = [tokens for batch in found for tokens in batch]
+    after_own = [own[length:] for _, _, own, _ in rows]
+    before_gold = [context + gold[:length] for _, context, _, gold in rows]
+    before_own = [context + own[:length] for _, context, own, _ in rows]
+    logprobs = scores = None
+    if instruments.oracle is not None:
+        pairs = ((before_gold, after_gold), (before_own, after_own))
+        both = [token_logprobs(instruments.oracle, *pair) for pair in pairs]
+        logprobs = [(_mean(a), _mean(b)) for a, b in zip(*both, strict=True)]
+    if instruments.scorer is not None:
+        texts = ([codec.decode_response(tokens) for tokens in each] for each in (after_gold, after_own))
+        prompts = [prompt for prompt, _, _, _ in rows]
+        sides = [checked_scores(instruments.scorer, prompts, each).tolist() for each in texts]
+        scores = list(zip(*sides, strict=True))
+    return PrefixQuality(length, logprobs, scores)
+
+
+def mauve(oracle: Policy, contexts: Tokens, gold: Tokens, own: Tokens) -> float | None:
+    """MAUVE, 0 to 1, of prompts with own against gold responses; None without the library mauve-text, or for
+    fewer than LEAST_MAUVE_ROWS rows.
+
+    The features are the oracle's last hidden states at each text's last token before EOS, so it is not to be
+    compared with the published ones, by GPT-2 large. Pillutla et al. (2021),
+    https://arxiv.org/abs/2102.01454.
+    """
+    if len(gold) < LEAST_MAUVE_ROWS or importlib.util.find_spec("mauve") is None:
+        return None
+
+    def features(responses: Tokens) -> np.ndarray:
+        texts = [row[:-1] if len(row) > 1 and row[-1] == eos else row for row in responses]
+        return np.array(by_rows(oracle, contexts, texts, of_piece), dtype=np.float32)
+
+    def of_piece(piece: Rollout) -> torch.Tensor:
+        return last_states(oracle.model, piece.tokens, piece.attention_mask)
+
+    eos = oracle.codec.eos_token_id
+    return _mauve_of_features(features(gold), features(own))
+
+
+@by_main
+def _mauve_of_features(gold: np.ndarray, own: np.ndarray) -> float:
+    from mauve import compute_mauve
+
+    found = compute_mauve(p_features=gold, q_features=own, num_buckets=len(gold) // ROWS_PER_BUCKET)
+    return float(found.mauve)
+
+
+def save_evidence(path: Path, evidence: Evidence) -> None:
+    """Write a system's evidence, whole or not at all."""
+    write_text(path, json.dumps(asdict(evidence)) + "\n")
+
+
+def load_evidence(path: Path) -> Evidence:
+    """Read what `save_evidence` wrote."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return Evidence(**found | {"prefixes": [PrefixQuality(**each) for each in found["prefixes"]]})
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
