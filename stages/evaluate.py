@@ -15,7 +15,7 @@ from rlhf.decoding import decoding_in
 from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.compare import Scored, common_length, compare, equals_oracle, summarise, verdict
 from rlhf.evaluation.exposure import Instruments, load_evidence, measure, save_evidence
-from rlhf.evaluation.report import print_table, write_report
+from rlhf.evaluation.report import COLUMNS, OVERLAPS, print_table, table_rows, write_report
 from rlhf.evaluation.systems import (
     Generation,
     System,
@@ -30,6 +30,7 @@ from rlhf.metrics import progress
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters, same_tokenizer
 from rlhf.parents import Parent, find_parent, lineage, model_paths
 from rlhf.records import PromptRecord
+from rlhf.reference_scorers import ReferenceScorer
 from rlhf.rewards import build_scorer, checked_scores
 from rlhf.sampling.policy import Policy
 from stages.common import Stage, resolved
@@ -72,7 +73,7 @@ def main(overrides: list[str]) -> None:
     policies = functools.lru_cache(maxsize=1)(functools.partial(load_policy, config=config, engine=engine))
     generations = sample_all(stage, systems, prompts, policies, proxy)
     policies.cache_clear()
-    scored = score_all(config, generations, load_policy(reference, config, engine), proxy, gold)
+    scored = score_all(config, generations, prompts, load_policy(reference, config, engine), (proxy, gold))
     judge = None if oracle is None else load_policy(oracle, config, engine, key="oracle")
     instruments = Instruments(judge, gold, config.prefix_lengths or [], config.batch_size, config.seed)
     scored = measure_all(stage, scored, prompts, policies, instruments)
@@ -103,7 +104,7 @@ def main(overrides: list[str]) -> None:
         "report", parents=parents, checks=[], results=report["systems"], **stage.cost(), **stage.facts
     )
     folder.drop_states()
-    print_table(report)
+    print_table([list(COLUMNS), *table_rows(report)])
     for note in report["notes"]:
         print(note)
     print(f"{report['verdict']}\nreport: {folder.path / 'report.md'} ({stage.cost_in_words()})")
@@ -218,18 +219,28 @@ def sample_all(
 
 
 def score_all(
-    config: Any, generations: dict[System, list[Generation]], reference: Policy, proxy: Any, gold: Any
+    config: Any,
+    generations: dict[System, list[Generation]],
+    records: Sequence[PromptRecord],
+    reference: Policy,
+    scorers: Sequence[Any],
 ) -> list[Scored]:
-    """Proxy and gold scores of all generations, and their log-ratios to the reference policy."""
+    """Proxy and gold scores of all generations, their log-ratios to the reference policy, and how near they
+    are to the references.
+    """
     results = []
+    known = [i for i, record in enumerate(records) if (record.reference or "").strip()]
+    overlaps = [ReferenceScorer(kind, [records[i] for i in known]) for kind in (OVERLAPS if known else ())]
     for system, rows in generations.items():
         prompts, texts = [g.prompt for g in rows], [g.response for g in rows]
-        scores = [None if s is None else checked_scores(s, prompts, texts).tolist() for s in (proxy, gold)]
+        scores = [None if s is None else checked_scores(s, prompts, texts).tolist() for s in scorers]
         ratios = None
         if same_tokenizer(system.path, reference.codec.tokenizer.name_or_path, config.model):
             logprobs = reference_logprobs(reference, rows, temperature=config.decoding.temperature)
             ratios = [g.logprob - logprob for g, logprob in zip(rows, logprobs, strict=True)]
-        results.append(Scored(system, rows, proxy=scores[0], gold=scores[1], log_ratios=ratios))
+        answered = [prompts[i] for i in known], [texts[i] for i in known]
+        overlap = {scorer.name: scorer(*answered) for scorer in overlaps}
+        results.append(Scored(system, rows, scores[0], scores[1], ratios, overlap=overlap))
     return results
 
 

@@ -155,9 +155,13 @@ def run(overrides: list[str]) -> int:
             print(f"{step.label} ended with status {status}; go on with: {resumed}", file=sys.stderr)
             return status
         print(f"  {(time.monotonic() - started) / 60:.1f} min", flush=True)
-    from rlhf.evaluation.exposure_report import write_comparison
+    from rlhf.evaluation.exposure_report import FIRST_COLUMNS, comparison_table, write_comparison
+    from rlhf.evaluation.report import print_table
 
-    write_comparison(folder, [each[-1].folder for each in seeds], shlex.join(command))
+    evaluated = {each[-1].config.seed: each[-1].folder for each in seeds}
+    report = write_comparison(folder, evaluated, [step.folder for step in steps], shlex.join(command))
+    print_table([row[: len(FIRST_COLUMNS)] for row in comparison_table(report)])
+    print(f"report: {folder / 'report.md'}")
     return 0
 
 

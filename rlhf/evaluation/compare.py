@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlhf.evaluation.exposure import Evidence, PrefixQuality
@@ -25,8 +25,9 @@ DISTINCT_LENGTH = 16
 
 @dataclass(frozen=True)
 class Scored:
-    """A system's generations, their scores and, under the reference's tokenizer, their log-ratios; what its
-    exposure bias is measured from, where it was.
+    """A system's generations, their scores and, under the reference's tokenizer, their log-ratios; what
+    its exposure bias is measured from, where it was; their nearness to references, by measure, of the prompts
+    that have one.
     """
 
     system: System
@@ -35,6 +36,11 @@ class Scored:
     gold: list[float] | None
     log_ratios: list[float] | None
     evidence: Evidence | None = None
+    overlap: dict[str, list[float]] = field(default_factory=dict)
+
+    def by(self, judge: str) -> list[float] | None:
+        """The scores by "gold", "proxy" or a measure against references."""
+        return self.overlap.get(judge) if judge not in ("gold", "proxy") else getattr(self, judge)
 
 
 def summarise(scored: Scored, *, reference: str, num_bootstrap: int, seed: int) -> dict[str, Any]:
@@ -48,6 +54,7 @@ def summarise(scored: Scored, *, reference: str, num_bootstrap: int, seed: int) 
         "best_of": scored.system.best_of,
         "proxy": _estimate(scored.proxy, **options),
         "gold": _estimate(scored.gold, **options),
+        "overlap": {kind: _estimate(scores, **options) for kind, scores in scored.overlap.items()},
         "length": sum(lengths) / len(lengths),
         "share_ended": sum(g.ended for g in generations) / len(generations),
         "rep_4": seq_rep(tokens, 4),
@@ -124,23 +131,22 @@ def _estimate(scores: Sequence[float] | None, **options: int) -> dict[str, float
 
 
 def compare(all_scored: Sequence[Scored], baseline: str, *, num_bootstrap: int, seed: int) -> dict[str, Any]:
-    """Win rates and paired differences of every system against the baseline, by each judge."""
+    """Win rates of every system against the baseline by gold and proxy, and paired differences by these and
+    by the measures against references.
+    """
     base = next(each for each in all_scored if each.system.name == baseline)
+    options = {"num_bootstrap": num_bootstrap, "seed": seed}
     rates, differences = [], []
-    for judge in ("gold", "proxy"):
-        theirs = getattr(base, judge)
-        if theirs is None:
-            continue
+    for judge in ("gold", "proxy", *base.overlap):
+        theirs = base.by(judge)
         for scored in all_scored:
-            if scored is base:
+            ours = scored.by(judge)
+            if scored is base or ours is None or theirs is None:
                 continue
-            ours = getattr(scored, judge)
             names = {"a": scored.system.name, "b": baseline, "judge": judge}
-            rate = win_rate(ours, theirs, num_bootstrap=num_bootstrap, seed=seed)
-            rates.append(names | vars(rate))
-            differences.append(
-                names | vars(paired_difference(ours, theirs, num_bootstrap=num_bootstrap, seed=seed))
-            )
+            differences.append(names | vars(paired_difference(ours, theirs, **options)))
+            if judge not in base.overlap:
+                rates.append(names | vars(win_rate(ours, theirs, **options)))
     return {"win_rates": rates, "differences": differences}
 
 

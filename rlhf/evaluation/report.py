@@ -22,6 +22,7 @@ EXPOSURE = (
     "Log-prob (by the oracle, per token) and gold score of continuations after gold prefixes, less after "
     "own ones. Each measure and its source: docs/exposure.md."
 )
+OVERLAPS = {"rouge_l": "ROUGE-L", "bleu": "BLEU"}
 COLUMNS = ("system", "gold", "proxy", "KL", "length", "ended", "rep-4", "distinct-2", "wins (gold)")
 
 
@@ -55,23 +56,31 @@ def exposure_table(report: dict[str, Any]) -> list[list[str]]:
     prefix = max((each["length"] for e in exposures.values() for each in e["prefix_quality"]), default=None)
     length = report["excess_error_length"]
     after = "" if prefix is None else f" after {prefix} gold less own tokens"
-    columns = ["system", "excess error, %" + ("" if length is None else f", to {length} tokens")]
+    overlaps = list(dict.fromkeys(kind for entry in report["systems"].values() for kind in entry["overlap"]))
+    columns = ["system", *(OVERLAPS[kind] for kind in overlaps)]
+    columns += ["excess error, %" + ("" if length is None else f", to {length} tokens")]
     columns += [f"log-prob{after}", f"gold score{after}", "seq-rep-4", "distinct-2", "diversity"]
     rows = [[*columns, "perplexity", "MAUVE"]]
     for name, each in exposures.items():
         errors = {error["length"]: error["excess"] for error in each["excess_error"]}
         pairs: dict[str, Any] = {pair["length"]: pair for pair in each["prefix_quality"]}.get(prefix, {})
-        cells = [errors.get(length), pairs.get("logprob"), pairs.get("score"), each["seq_rep"]["4"]]
+        own = report["systems"][name]["overlap"]
+        cells = [
+            *(own.get(kind) for kind in overlaps),
+            errors.get(length),
+            pairs.get("logprob"),
+            pairs.get("score"),
+            each["seq_rep"]["4"],
+        ]
         cells += [each["distinct"]["2"], each["diversity"], each["perplexity"]]
         last = "-" if each["mauve"] is None else f"{each['mauve']:.2f}"
         rows.append([name, *map(_interval, cells), last])
     return rows
 
 
-def print_table(report: dict[str, Any]) -> None:
-    """Print the final table to the terminal."""
-    rows = [list(COLUMNS), *table_rows(report)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print a header and rows to the terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
 
@@ -104,17 +113,17 @@ def training_rows(metrics: Path) -> list[dict[str, float]]:
 def _markdown(
     report: dict[str, Any], scored: Sequence[Scored], plots: Sequence[str], num_samples: int
 ) -> str:
-    table = _table([list(COLUMNS), *table_rows(report)])
-    notes = "".join(f"- {_escaped(note)}\n" for note in report["notes"])
+    scores = table([list(COLUMNS), *table_rows(report)])
+    notes = "".join(f"- {escaped(note)}\n" for note in report["notes"])
     images = "\n".join(f"![{name}]({name})" for name in plots)
     note = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
     return (
-        f"# {_escaped(report['name'])}\n\n**{_escaped(report['verdict'])}**\n{note}\n"
+        f"# {escaped(report['name'])}\n\n**{escaped(report['verdict'])}**\n{note}\n"
         f"{report['num_prompts']} unseen prompts, one response each; the same decoding, length limit and "
         "random numbers for all. Intervals are 95% (bootstrap over prompts). KL is to "
         f"`{report['reference']}`, a bound for best-of-n. Wins are against `{report['baseline']}`.\n\n"
-        f"{table}\n{images}\n\n"
-        f"## Exposure bias\n\n{EXPOSURE}\n\n{_table(exposure_table(report))}\n{notes}\n"
+        f"{scores}\n{images}\n\n"
+        f"## Exposure bias\n\n{EXPOSURE}\n\n{table(exposure_table(report))}\n{notes}\n"
         f"## Samples\n\n{_samples(scored, num_samples)}"
         "\n## How to reproduce\n\nIn an empty `runs=` folder:\n\n"
         + "".join(f"    {command}\n" for command in report["commands"])
@@ -123,10 +132,10 @@ def _markdown(
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
     """A header and rows, whose first cells are names, as a table of Markdown."""
     header, *others = rows
-    lines = [header, ["---"] * len(header), *([_escaped(name), *cells] for name, *cells in others)]
+    lines = [header, ["---"] * len(header), *([escaped(name), *cells] for name, *cells in others)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -135,17 +144,17 @@ def _samples(scored: Sequence[Scored], num_samples: int) -> str:
     for i in range(min(num_samples, len(scored[0].generations))):
         prompt = scored[0].generations[i].prompt
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        lines = [f"**{_escaped(text)}** ...\n\n| system | response | gold | proxy |\n|---|---|---|---|\n"]
+        lines = [f"**{escaped(text)}** ...\n\n| system | response | gold | proxy |\n|---|---|---|---|\n"]
         for each in scored:
             numbers = " | ".join(f"{scores[i]:.2f}" if scores else "-" for scores in (each.gold, each.proxy))
             lines.append(
-                f"| {_escaped(each.system.name)} | {_escaped(each.generations[i].response)} | {numbers} |\n"
+                f"| {escaped(each.system.name)} | {escaped(each.generations[i].response)} | {numbers} |\n"
             )
         blocks.append("".join(lines))
     return "\n".join(blocks)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Model text that cannot become markup: no HTML, table cells, links or line breaks of its own."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_[]|!#~$":

@@ -11,7 +11,14 @@ import pytest
 from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored, common_length, compare, summarise, verdict
 from rlhf.evaluation.exposure import Evidence, PrefixQuality
-from rlhf.evaluation.report import exposure_table, print_table, table_rows, training_rows, write_report
+from rlhf.evaluation.report import (
+    COLUMNS,
+    exposure_table,
+    print_table,
+    table_rows,
+    training_rows,
+    write_report,
+)
 from rlhf.evaluation.systems import Generation, System
 
 HOSTILE = (
@@ -118,7 +125,7 @@ def test_the_table_by_hand(systems: list[Scored], capsys: pytest.CaptureFixture[
     # every response is 5 tokens, two 4-grams that differ, and four 2-grams that all responses share: 4 / 32
     assert baseline == ["sft", "1.23 [-1.00, 2.00]", "-", "<= 0.64", "5.0", "100%", "0.000", "0.12", "-"]
     assert (other[3], other[8]) == ("0.50", "1.00 [1.00, 1.00]")
-    print_table(report)
+    print_table([list(COLUMNS), *table_rows(report)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and len({line.index("1") for line in lines[1:2]}) == 1
     assert lines[0].split()[:3] == ["system", "gold", "proxy"]

@@ -1,0 +1,126 @@
+"""The comparison of all cures for exposure bias, of one seed or of several together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.evaluation.plots import plot_diversity, plot_excess_error
+from rlhf.evaluation.report import (
+    COLUMNS,
+    EXPOSURE,
+    OVERLAPS,
+    SIMULATED,
+    escaped,
+    exposure_table,
+    table,
+    table_rows,
+)
+from rlhf.files import write_text
+
+FIRST_COLUMNS = ("system", "gold", "wins (gold)", "proxy", "KL", "length", "ended")
+INTERVALS = (("mean", "low", "high"), ("win_rate", "low", "high"), ("kl", "kl_low", "kl_high"))
+
+
+def combined(values: Sequence[Any]) -> Any:
+    """The mean of reports of the same form over seeds; intervals become the lowest and the highest seed.
+
+    Of lists the length is that of the shortest; what is missing in one is missing.
+    """
+    first = values[0]
+    if len(values) == 1 or any(value is None for value in values):
+        return first if len(values) == 1 else None
+    if isinstance(first, dict):
+        found = {key: combined([value[key] for value in values]) for key in first}
+        for mean, low, high in INTERVALS:
+            if found.keys() >= {mean, low, high} and found[mean] is not None:
+                found |= {low: min(v[mean] for v in values), high: max(v[mean] for v in values)}
+        return found
+    if isinstance(first, list):
+        return [combined(each) for each in zip(*values, strict=False)]
+    if isinstance(first, int | float) and any(value != first for value in values):
+        return sum(values) / len(values)
+    return first
+
+
+def comparison_table(report: dict[str, Any]) -> list[list[str]]:
+    """One table of everything: its header, and a row a system, as text."""
+    scores = [list(COLUMNS), *table_rows(report)]
+    places = [COLUMNS.index(name) for name in FIRST_COLUMNS]
+    rows = zip(scores, exposure_table(report), strict=True)
+    return [[*(row[place] for place in places), *more[1:]] for row, more in rows]
+
+
+def differences_table(report: dict[str, Any]) -> list[list[str]]:
+    """What every system has more than the baseline, by each judge."""
+    found = {(each["a"], each["judge"]): each for each in report["differences"]}
+    judges = list(dict.fromkeys(judge for _, judge in found))
+    rows = [["system", *(OVERLAPS.get(judge, judge) for judge in judges)]]
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [found.get((name, judge)) for judge in judges]
+        shown = [
+            "-" if each is None else f"{each['mean']:+.3f} [{each['low']:+.3f}, {each['high']:+.3f}]"
+            for each in cells
+        ]
+        rows.append([name, *shown])
+    return rows
+
+
+def failed_checks(folders: Sequence[Path]) -> list[str]:
+    """A line for every check that a stage failed."""
+    lines = []
+    for folder in folders:
+        record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+        lines += [
+            f"{folder.parent.name}/{folder.name}: {check['name']}: {check['value']} ({check['meaning']})"
+            for check in record["checks"]
+            if not check["passed"]
+        ]
+    return lines
+
+
+def write_comparison(
+    folder: Path, seeds: dict[int, Path], trained: Sequence[Path], command: str
+) -> dict[str, Any]:
+    """Write report.json, report.md and two plots from the evaluations of all seeds; `trained` are the stage
+    folders whose checks are reported. Returns the report.
+    """
+    reports = [json.loads((path / "report.json").read_text(encoding="utf-8")) for path in seeds.values()]
+    report = combined(reports)
+    report |= {"seeds": list(seeds), "failed_checks": failed_checks(trained), "command": command}
+    plots = folder / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    names = [plot_diversity(report, plots / "diversity.png")]
+    if report["excess_error_length"] is not None:
+        names.append(plot_excess_error(report, plots / "excess_error.png"))
+    write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "report.md", _markdown(report, seeds, names))
+    return report
+
+
+def _markdown(report: dict[str, Any], seeds: dict[int, Path], plots: Sequence[str]) -> str:
+    numbers = ", ".join(map(str, seeds))
+    spread = (
+        "Intervals are 95% (bootstrap over prompts)."
+        if len(seeds) == 1
+        else "Means over the seeds; in brackets the lowest and the highest seed."
+    )
+    simulated = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
+    notes = [*report["notes"], *(f"failed check: {line}" for line in report["failed_checks"])]
+    return (
+        f"# Cures for exposure bias: {escaped(report['name'])}\n{simulated}\n"
+        f"Seeds {numbers}; {report['num_prompts']:.0f} unseen prompts, one response each, the same for all. "
+        f"{spread} KL is to `{report['reference']}`.\n\n"
+        f"{table(comparison_table(report))}\n"
+        f"{EXPOSURE}\n\n"
+        + "".join(f"- {escaped(note)}\n" for note in notes)
+        + "\n"
+        + "\n".join(f"![{name}](plots/{name})" for name in plots)
+        + f"\n\n## Less {escaped(report['baseline'])}, paired by prompt\n\n{table(differences_table(report))}"
+        "\n## How to reproduce\n\n"
+        f"    {report['command']}\n\n"
+        + "".join(f"- seed {seed}: {path / 'report.md'}\n" for seed, path in seeds.items())
+        + "".join(f"- {name} {version}\n" for name, version in report["versions"].items())
+    )
