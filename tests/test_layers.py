@@ -46,6 +46,7 @@ LAYERS = {
     "training_state": 2,
     "sft": 3,
     "rm": 3,
+    "descent": 3,
     "experience": 3,
     "pretraining_mix": 3,
     "ppo": 3,
