@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.decoding import Decoding, decoding_in, system_decoding
+from rlhf.discriminator_settings import check_discriminator, is_adversarial, refuse_elsewhere
 from rlhf.hints import hint
 from rlhf.settings import (
     WEIGHTS,
@@ -118,9 +119,10 @@ def check_config(config: StageConfig) -> None:
         if config.samples_per_prompt < 2:
             raise ValueError(f"samples_per_prompt={config.samples_per_prompt}: ranking needs at least 2")
     if isinstance(config, PPOConfig):
-        check_scorer("reward", config.reward)
+        _check_reward(config)
         _check_ppo(config)
     if isinstance(config, EvaluateConfig):
+        refuse_elsewhere("reward", config.reward)
         for key, spec in (("proxy", config.proxy), ("gold", config.gold)):
             if spec is not None:
                 check_scorer(key, spec)
@@ -144,6 +146,7 @@ def check_source(key: str, source: Any) -> None:
 
 def check_scorer(key: str, spec: dict[str, Any]) -> None:
     """Raise ValueError unless `spec` is {kind: model|classifier|function|sum, ...} with its kind's keys."""
+    refuse_elsewhere(key, spec)
     kind = spec.get("kind")
     if kind not in SCORER_KEYS:
         raise ValueError(f"{key}.kind={kind!r}: one of {', '.join(SCORER_KEYS)}")
@@ -229,6 +232,13 @@ def _check_shared_weights(config: StageConfig) -> None:
             f"adapter={config.adapter.name}: engine={engine} cannot share out quantized weights; use "
             f"adapter=lora, or engine={engine.replace('3', '2')}"
         )
+
+
+def _check_reward(config: PPOConfig) -> None:
+    if is_adversarial(config):
+        check_discriminator(config)
+    else:
+        check_scorer("reward", config.reward)
 
 
 def _check_ppo(config: PPOConfig) -> None:

@@ -35,6 +35,7 @@ LAYERS = {
     "files": 1,
     "hints": 1,
     "decoding": 1,
+    "discriminator_settings": 1,
     "parents": 2,
     "processes": 1,
     "derived": 1,
