@@ -42,9 +42,8 @@ from rlhf.zero import ShardedAdamW
 Text = tuple[list[int], list[int]]
 
 USE = (
-    "The score is the logit that a text is a reference's and not a sample of a policy of this run. It was trained "
-    "on beginnings of responses, each with the end token behind it; `proxy='{kind: model, path: ...}'` reads "
-    "whole ones."
+    "The score is the logit that a text is a reference's and not a sample. It was trained on beginnings of "
+    "responses, each with the end token behind it; as a scorer of `kind: model` it reads whole ones."
 )
 MEAN_DECAY = 0.9  # of the moving accuracy, per update
 ALL_TOLD, NONE_TOLD = 0.95, 0.55
