@@ -528,6 +528,26 @@ def test_ppo_work_counts_every_pass() -> None:
     assert estimate.tokens_to_process("ppo", load_config("ppo", words)) == 11 * 60
 
 
+def test_a_discriminator_counts_as_a_third_trained_model_and_by_its_passes() -> None:
+    for adapter in ("none", "lora"):
+        words = [f"adapter={adapter}", "engine.dtype=float32"]
+        plain, adversarial = (memory_parts(*words, more) for more in ("reward=model", "reward=discriminator"))
+        assert adversarial["trained weights"] == 1.5 * plain["trained weights"]
+        frozen = 0.5 if adapter == "none" else 1  # instead of a reward model of its own
+        assert adversarial["frozen weights"] == frozen * plain["frozen weights"]
+    words = [
+        "updates=3",
+        "batch_size=2",
+        "epochs=1",
+        "data.max_prompt_tokens=4",
+        "data.max_response_tokens=6",
+    ]
+    own = ["pretrain_updates=5", "steps=2", "batch_size=7"]
+    words += ["reward=discriminator", *(f"reward.{word}" for word in own)]
+    # beside 11 passes over 6 episodes: 5 x 7 sampled; 5 + 3 x 2 steps on 14 rows, 3 passes each; 6 + 6 judged
+    assert estimate.tokens_to_process("ppo", load_config("ppo", words)) == 10 * (66 + 35 + 462 + 12)
+
+
 def test_configuration_loads_no_heavy_library() -> None:
     program = (
         "import sys, rlhf.estimate, stages.show; from rlhf.config import load_config; load_config('ppo', []);"

@@ -93,7 +93,12 @@ def test_it_starts_with_no_opinion_and_learns_to_tell(folder: Path, adapter: str
 def test_a_sample_is_scored_as_it_is_learned_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = adversarial(folder)
     judge, read = judge_of(config, roles_of(config)), list[list[int]]()
-    monkeypatch.setattr(judge, "scores", lambda rows: read.extend(rows) or torch.zeros(len(rows)))
+
+    def scores(rows: Any) -> torch.Tensor:
+        read.extend(rows)
+        return torch.zeros(len(rows))
+
+    monkeypatch.setattr(judge, "scores", scores)
     long = " ".join(["w5"] * 30)
     judge(["w1"] * 3 + PROMPTS, [long, "w1 w2", long, *SAMPLES])
     longest = max(len(response) for _, response in judge.references)
@@ -127,8 +132,8 @@ def test_micro_batches_and_workers_change_no_weight(folder: Path, adapter: str, 
         found.append((metrics, own_weights(judge)))
     for one, other in zip(found[0][0], found[1][0], strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
-    for weight, other in zip(found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-4)
+    for weight, same in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(weight, same, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("algo", ["ppo", "rloo"])
