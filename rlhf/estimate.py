@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.discriminator_settings import is_adversarial, settings_in
 from rlhf.pass_sizes import SMALL_MODEL, pass_sizes, processor_has_bf16
 from rlhf.settings import WEIGHTS, PPOConfig, StageConfig, zero_stage
 from rlhf.sources import EMBEDDED, RANDOM_1B, embedded_place
@@ -158,11 +159,23 @@ def tokens_to_process(stage: str, config: Any) -> float | None:
     if stage == "ppo":
         # sampling, then policy, reference, reward and value passes, then both trained models in every epoch
         passes = 1 + 4 + 6 * config.epochs
-        return config.updates * config.batch_size * (prompt + response) * passes
+        adversary = _discriminator_passes(config)
+        return (config.updates * config.batch_size * passes + adversary) * (prompt + response)
     if config.num_prompts is None:
         return None
     samples = config.samples_per_prompt if stage == "collect" else _samples_per_prompt(config.systems)
     return 2 * config.num_prompts * samples * (prompt + response)  # sampled, then scored
+
+
+def _discriminator_passes(config: PPOConfig) -> int:
+    """Passes of a discriminator: samples and references are learned from, the former drawn too before the
+    first update, and all of an update's are judged beside as many references.
+    """
+    if not is_adversarial(config):
+        return 0
+    own = settings_in(config.reward)
+    learned = (own.pretrain_updates + config.updates * own.steps) * own.batch_size * 2 * 3
+    return own.pretrain_updates * own.batch_size + learned + config.updates * config.batch_size * 2
 
 
 def _samples_per_prompt(systems: dict[str, Any]) -> int:
@@ -173,7 +186,10 @@ def _trained_parameters(stage: str, config: StageConfig, shape: Shape) -> int:
     if stage in ("collect", "evaluate"):
         return 0
     one = shape.lora_parameters(config.adapter.r) if config.adapter.r else shape.parameters
-    return 2 * one if stage == "ppo" else one
+    models = 1
+    if isinstance(config, PPOConfig):
+        models = 3 if is_adversarial(config) else 2
+    return models * one
 
 
 def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
@@ -186,8 +202,9 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
     if quantized is not None:
         frozen = shape.linear * quantized + shape.embedding * 4.0
     bases = ADAPTER_BASES[stage] if adapted else FULL_BASES[stage]
-    if adapted and isinstance(config, PPOConfig) and _has_own_trunk(config.critic):
-        bases += 1
+    if isinstance(config, PPOConfig):
+        bases += adapted and _has_own_trunk(config.critic)
+        bases -= not adapted and is_adversarial(config)  # that reward is trained
     stage_of_zero = zero_stage(config.engine.deepspeed) if trains else 0
     count = config.num_processes or 1
     holders = count if stage_of_zero == WEIGHTS else 1

@@ -93,9 +93,10 @@ def find_parent(key: str, path: str, *, kind: str, force: bool) -> Parent:
             )
             raise FileNotFoundError(f"{key}={path} was left half written: its stage did not finish; {remedy}")
         return Parent(key, path, hash_path(folder))
-    if record["kind"] != kind:
+    written = _product(record, folder.name)
+    if written["kind"] != kind:
         raise ValueError(
-            f"{key}={path} was written by stage {record['stage']}: a {record['kind'].replace('_', ' ')}; "
+            f"{key}={path} was written by stage {record['stage']}: a {written['kind'].replace('_', ' ')}; "
             f"a {kind.replace('_', ' ')} is due here"
         )
     failed = [check for check in record["checks"] if not check["passed"]]
@@ -103,7 +104,7 @@ def find_parent(key: str, path: str, *, kind: str, force: bool) -> Parent:
         reasons = "; ".join(f"{check['name']}: {check['value']} ({check['meaning']})" for check in failed)
         raise ValueError(f"{key}={path} failed its own checks: {reasons}. Mend it, or go on with force=true")
     found = hash_path(folder)
-    if folder.is_dir() and found != record["model_sha256"] and not force:
+    if folder.is_dir() and found != written["sha256"] and not force:
         raise ValueError(
             f"{key}={path}: its weights are not those that stage {record['stage']} wrote (SHA-256 differs "
             f"from {folder.parent / 'stage.json'}); run that stage again, or go on with force=true"
@@ -115,6 +116,12 @@ def find_parent(key: str, path: str, *, kind: str, force: bool) -> Parent:
             f"{record['stage']} again, or go on with force=true"
         )
     return Parent(key, path, found)
+
+
+def _product(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """The kind and hash of a folder that a stage wrote: its model, or one of its further `products`."""
+    own = {"kind": record["kind"], "sha256": record.get("model_sha256")}
+    return record.get("products", {}).get(name, own)
 
 
 def replaced_parent(record: dict[str, Any]) -> str | None:

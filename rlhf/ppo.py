@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.batches import Experience, Rollout
+from rlhf.descent import Descent
 from rlhf.engine import Engine
 from rlhf.experience import Passes
 from rlhf.models.roles import ActorCritic
@@ -233,58 +234,9 @@ class Learner:
     def descend(
         self, terms: Callable[[Any], Tensor], pieces: Sequence[Any], *, model: int = POLICY, last: bool = True
     ) -> list[float]:
-        """Accumulate the gradient of the sum over pieces of the first term; return the sums of the others.
-
-        Each worker goes through its pieces, one forward and backward after the other, and sums its own
-        gradients: the result does not depend on which is first. An optimizer that is shared out learns
-        whose gradient it is, and whether it is the `last` before a step.
-        """
-        if isinstance(self.optimizer, ShardedAdamW):
-            return self._descend_sharded(terms, pieces, self.optimizer, model=model, last=last)
-        parameters = [*self.trained[POLICY], *self.trained[CRITIC]]
-        no_gradients: list[Tensor | None] = [None] * len(parameters)
-
-        processes = self.engine.processes
-        pieces = processes.share(pieces)
-
-        def work(mine: Sequence[Any]) -> tuple[Tensor, list[Tensor | None]]:
-            totals, gradients = torch.zeros(()), no_gradients
-            for piece in mine:
-                found = terms(piece)
-                with self.engine.no_autocast():
-                    gradients = _add(gradients, torch.autograd.grad(found[0], parameters, allow_unused=True))
-                totals = totals + found.detach().cpu()
-            return totals, gradients
-
-        shares = [pieces[k :: self.engine.workers] for k in range(min(self.engine.workers, len(pieces)))]
-        with self.engine.autocast():  # around all pieces, so that trained weights are rounded once
-            results = self.engine.side_by_side(work, shares)
-        totals, gradients = torch.zeros(()), no_gradients  # where there is less than a piece for each process
-        for terms_of_one, gradients_of_one in results:
-            totals, gradients = totals + terms_of_one, _add(gradients, gradients_of_one)
-        gradients = processes.sum_gradients(parameters, gradients)
-        sums = _add([parameter.grad for parameter in parameters], gradients)
-        for parameter, gradient in zip(parameters, sums, strict=True):
-            parameter.grad = gradient
-        return functools.reduce(torch.add, processes.all_of(totals))[1:].tolist()
-
-    def _descend_sharded(
-        self,
-        terms: Callable[[Any], Tensor],
-        pieces: Sequence[Any],
-        optimizer: ShardedAdamW,
-        *,
-        model: int,
-        last: bool,
-    ) -> list[float]:
-        rounds, totals = self.engine.processes.rounds(pieces), torch.zeros(())
-        with self.engine.autocast():
-            for number, (piece, weight) in enumerate(rounds, start=1):
-                found = weight * terms(piece)
-                with self.engine.no_autocast():
-                    optimizer.backward(found[0], model=model, last=last and number == len(rounds))
-                totals = totals + found.detach().cpu()
-        return functools.reduce(torch.add, self.engine.processes.all_of(totals))[1:].tolist()
+        """Accumulate the gradient of the sum over pieces of the first term; return the sums of the others."""
+        descent = Descent(self.engine, self.optimizer, [*self.trained[POLICY], *self.trained[CRITIC]])
+        return descent.descend(terms, pieces, model=model, last=last)
 
     def policy_outputs(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The policy's log-probs and entropies (B, R), with what its gradient needs."""
@@ -317,11 +269,6 @@ class Learner:
         logprobs = self.models.logprobs(texts, temperature=1.0)
         loss = -masked_mean(logprobs, texts.response_mask, denominator=denominator)
         return torch.stack([self.config.ptx_coef * loss, loss.detach()])
-
-
-def _add(sums: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Add gradients into those so far; no second set of them is held."""
-    return [b if a is None else a if b is None else a.add_(b) for a, b in zip(sums, new, strict=True)]
 
 
 def check_finite(numbers: dict[str, float], step: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.batches import Experience, Rollout
 from rlhf.checkpoint import StageFolder
@@ -28,6 +28,7 @@ from rlhf.experience import (
     final_scores,
     policy_and_reference,
 )
+from rlhf.exposure.discriminator import Discriminator
 from rlhf.exposure.mixer import Mixer
 from rlhf.files import append_text, new_folder
 from rlhf.interrupts import interrupts_held
@@ -106,6 +107,7 @@ class PPORun:
     ) -> None:
         self.config, self.codec, self.engine, self.folder = config, codec, roles.engine, folder
         self.roles, self.models, self.reward = roles, roles.actor_critic, reward
+        self.adversary = reward if isinstance(reward, Discriminator) else None
         self.prompts, self.eval_prompts = _split(prompts, config)
         self.policy = Policy(self.models.policy, codec, roles.engine)
         mix = None
@@ -130,6 +132,8 @@ class PPORun:
         config = self.config
         log = MetricLog(self.folder.path, config.tracker, run_name=f"{config.name}-ppo")
         done = self.restore(state) if state else 0
+        if self.adversary is not None and not done:
+            self.adversary.pretrain(self.policy, self.decoding)
         log.cut_after(done)
         cut_lines_after(self.folder.path / "samples.jsonl", done)
         bar = progress(
@@ -197,6 +201,9 @@ class PPORun:
             self.check_start(experience)
         metrics |= self.learner.update(experience, step=step, first=first)
         self.kl.update(metrics["kl"], episodes=len(records))
+        if self.adversary is not None:
+            prompts = [record.prompt for record in records]
+            metrics |= self.adversary.update(prompts, self.policy.texts(rollout), step=step)
         learned = time.perf_counter()
         if step % config.sample_every == 0 or step in (1, config.updates):
             self.write_samples(step, records, rollout, scores)
@@ -284,7 +291,10 @@ class PPORun:
 
     def checks(self) -> list[Check]:
         """What the run says about itself; the comparison on unseen prompts is stage=evaluate's."""
-        return [*self.start_checks, *end_checks(self.first, self.last, self.engine.dtype)]
+        found = [*self.start_checks, *end_checks(self.first, self.last, self.engine.dtype)]
+        if self.adversary is not None:  # a score that rose says nothing where its judge has changed
+            found[-1:] = self.adversary.checks()
+        return found
 
     def write_samples(
         self, step: int, records: Sequence[PromptRecord], rollout: Rollout, scores: Tensor
@@ -315,12 +325,16 @@ class PPORun:
             "last": self.last,
         }
         moments = self.learner.optimizer.state_dict()
-        with whole_weights(self.models):
-            self.folder.new_state(
-                step,
-                lambda folder: save_training_state(folder, self.models, moments, values),
-                keep_last=self.config.keep_last,
-            )
+        adversaries = [] if self.adversary is None else [self.adversary]
+        writers = [each.state_writer() for each in adversaries]
+
+        def write(folder: Path) -> None:
+            save_training_state(folder, self.models, moments, values)
+            for writer in writers:
+                writer(folder)
+
+        with whole_weights(nn.ModuleList([self.models, *(each.weights for each in adversaries)])):
+            self.folder.new_state(step, write, keep_last=self.config.keep_last)
         self.drop_old_bests()
 
     @by_main
@@ -335,6 +349,8 @@ class PPORun:
     def restore(self, state: Path) -> int:
         """Continue from a state; returns the number of updates it holds."""
         values = load_training_state(state, self.models, self.learner.optimizer)
+        if self.adversary is not None:
+            self.adversary.restore(state)
         self.kl.load_state_dict(values["kl"])
         self.mean_reward, self.best = values["mean_reward"], values["best"]
         self.start_checks = [Check(**check) for check in values["start_checks"]]

@@ -194,15 +194,15 @@ def full_precision(config: Any, folder: StageFolder, model: Any, *, base: str, t
     return merged_copy(base, adapter_folder, task=task, trust_remote_code=config.model.trust_remote_code)
 
 
-def write_model(folder: StageFolder, model: Any, tokenizer: Any, card: str) -> None:
-    """Write `model/` with weights, tokenizer and card, whole or not at all."""
+def write_model(folder: StageFolder, model: Any, tokenizer: Any, card: str, *, name: str = "model") -> None:
+    """Write `model/`, or a folder of another name, with weights, tokenizer and card, whole or not at all."""
 
     def save(path: Path) -> None:
         model.config.use_cache = True
         model.save_pretrained(str(path))
         tokenizer.save_pretrained(str(path))
 
-    save_model_folder(folder.model, save, card)
+    save_model_folder(folder.path / name, save, card)
 
 
 def model_card(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.decoding import Decoding, decoding_in, system_decoding
+from rlhf.discriminator_settings import check_discriminator, is_adversarial, refuse_elsewhere
 from rlhf.hints import hint
 from rlhf.settings import (
     WEIGHTS,
@@ -121,9 +122,10 @@ def check_config(config: StageConfig) -> None:
         check_scorer("labeller", config.labeller)
         _check_samples(config)
     if isinstance(config, PPOConfig):
-        check_scorer("reward", config.reward)
+        _check_reward(config)
         _check_ppo(config)
     if isinstance(config, EvaluateConfig):
+        refuse_elsewhere("reward", config.reward)
         for key, spec in (("proxy", config.proxy), ("gold", config.gold)):
             if spec is not None:
                 check_scorer(key, spec)
@@ -147,6 +149,7 @@ def check_source(key: str, source: Any) -> None:
 
 def check_scorer(key: str, spec: dict[str, Any]) -> None:
     """Raise ValueError unless `spec` is {kind: model|classifier|function|..., ...} with its kind's keys."""
+    refuse_elsewhere(key, spec)
     kind = spec.get("kind")
     if kind not in SCORER_KEYS:
         raise ValueError(f"{key}.kind={kind!r}: one of {', '.join(SCORER_KEYS)}")
@@ -243,6 +246,13 @@ def _check_shared_weights(config: StageConfig) -> None:
             f"adapter={config.adapter.name}: engine={engine} cannot share out quantized weights; use "
             f"adapter=lora, or engine={engine.replace('3', '2')}"
         )
+
+
+def _check_reward(config: PPOConfig) -> None:
+    if is_adversarial(config):
+        check_discriminator(config)
+    else:
+        check_scorer("reward", config.reward)
 
 
 def _check_ppo(config: PPOConfig) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf.checks import print_checks
+from rlhf.discriminator_settings import is_adversarial
 from rlhf.engine import build_engine, seed_everything
+from rlhf.exposure.discriminator import USE, Discriminator
 from rlhf.models.adapters import uses_lora
 from rlhf.models.loading import load_codec, num_parameters
 from rlhf.models.roles import build_roles
@@ -28,7 +30,7 @@ def main(overrides: list[str]) -> None:
     codec = load_codec(config.policy, config)
     prompts = stage.read(config.data.prompts.ppo, "prompts", "data.prompts.ppo")
     demonstrations: Sequence[Any] = []
-    if config.ptx_coef:
+    if config.ptx_coef or is_adversarial(config):
         key = "data.demonstrations.train"
         demonstrations = stage.read(config.data.demonstrations.train, "demonstrations", key)
     roles = build_roles(config, engine)
@@ -36,8 +38,12 @@ def main(overrides: list[str]) -> None:
         parents = [parent for parent in parents if parent.key != "critic"]
         if config.critic is not None and config.algo == "ppo" and config.critic_trunk == "own":
             print(f"critic: from the policy, as {config.critic} has another tokenizer", flush=True)
-    reward = build_reward(config, engine, roles, prompts)
-    run = PPORun(config, codec, roles, reward, prompts, folder, demonstrations)
+    if is_adversarial(config):
+        reward = Discriminator(config, codec, roles, demonstrations)
+    else:
+        reward = build_reward(config, engine, roles, prompts)
+    mixed_in = demonstrations if config.ptx_coef else ()
+    run = PPORun(config, codec, roles, reward, prompts, folder, mixed_in)
     stage.begin()
     checks = run.train(stage.state)
 
@@ -55,6 +61,9 @@ def main(overrides: list[str]) -> None:
     if run.best:
         facts["kept update"] = results["kept_update"] = run.best["step"]
     write_model(folder, model, codec.tokenizer, model_card("PPO policy", config, parents, facts))
+    if run.adversary is not None:
+        card = model_card("Discriminator", config, parents, facts, use=USE)
+        stage.facts["products"] = {"discriminator": run.adversary.save(folder, card)}
     folder.finish("policy", parents=parents, checks=checks, results=results, **stage.cost(), **stage.facts)
     folder.drop_states()
     print_checks(checks[len(run.start_checks) :])

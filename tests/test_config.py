@@ -30,7 +30,10 @@ NEEDED = {
     "function": ["reward.function=module:score"],
 }
 # All samples of a prompt would be equal.
-REFUSED = [("collect", "greedy")]
+REFUSED = {
+    ("collect", "greedy"): "draws nothing",
+    ("evaluate", "discriminator"): "it is trained in stage=ppo",
+}
 CHOICES = [(group, choice) for group in GROUPS for choice in group_choices(group)]
 
 
@@ -56,7 +59,7 @@ def test_every_shipped_file_composes_with_every_stage_that_has_its_group(group: 
     assert stages
     for stage in stages:
         if (stage, choice) in REFUSED:
-            with pytest.raises(ValueError, match="draws nothing"):
+            with pytest.raises(ValueError, match=REFUSED[stage, choice]):
                 load_config(stage, [f"{group}={choice}"])
         else:
             load_config(stage, [f"{group}={choice}", *NEEDED.get(choice, [])])
@@ -213,6 +216,7 @@ def test_a_saved_configuration_reloads_equal(stage: str, tmp_path: Path) -> None
 
 
 SCHEDULED = "exposure=scheduled_sampling"
+ADVERSARIAL = "reward=discriminator"
 
 MISTAKES = [
     ("ppo", ["main_port=99999"], "main_port=99999: a port from 1 to 65535 is expected"),
@@ -317,6 +321,38 @@ MISTAKES = [
     ("ppo", ["reward={kind: function}"], "reward.function is missing: kind=function needs it"),
     ("ppo", ["reward={kind: sum, parts: x}"], "reward.parts='x': give a list of scorers"),
     ("ppo", ["reward={kind: sum, parts: [{kind: model, path: x}]}"], "reward.parts[0]"),
+    ("ppo", [ADVERSARIAL, "reward.learning_rate=0"], "reward.learning_rate=0: a number that is above 0 is"),
+    ("ppo", [ADVERSARIAL, "reward.learning_rate=nan"], "reward.learning_rate=nan: a number that is above 0"),
+    ("ppo", [ADVERSARIAL, "reward.learning_rate=fast"], "reward.learning_rate=fast: a number is expected"),
+    (
+        "ppo",
+        [ADVERSARIAL, "reward.pretrain_updates=0"],
+        "reward.pretrain_updates=0: a number that is at least",
+    ),
+    ("ppo", [ADVERSARIAL, "reward.steps=0"], "reward.steps=0: a number that is at least 1 is expected"),
+    ("ppo", [ADVERSARIAL, "reward.steps=1.5"], "reward.steps=1.5: a whole number is expected"),
+    ("ppo", [ADVERSARIAL, "reward.steps=true"], "reward.steps=True: a whole number is expected"),
+    ("ppo", [ADVERSARIAL, "reward.batch_size=0"], "reward.batch_size=0: a number that is at least 1"),
+    ("ppo", [ADVERSARIAL, "reward.replay=1"], "reward.replay=1: a number from 0 to below 1 is expected"),
+    ("ppo", [ADVERSARIAL, "reward.replay=-0.1"], "reward.replay=-0.1: a number from 0 to below 1"),
+    ("ppo", [ADVERSARIAL, "reward.replay_size=0"], "reward.replay_size=0: a number that is at least 1"),
+    ("ppo", [ADVERSARIAL, "reward.replay_rate=1"], "reward.replay_rate is not a key; did you mean replay"),
+    ("ppo", ["reward={kind: discriminator}"], "reward.learning_rate is missing: kind=discriminator needs it"),
+    ("ppo", [ADVERSARIAL, "eval_every=5"], "eval_every=5 with reward=discriminator: it is another judge"),
+    (
+        "ppo",
+        ["reward={kind: sum, parts: [{weight: 1, kind: discriminator}]}"],
+        "reward.parts[0].kind=discriminator: it is trained in stage=ppo, as the whole reward",
+    ),
+    ("evaluate", [ADVERSARIAL], "reward.kind=discriminator: it is trained in stage=ppo"),
+    ("evaluate", [ADVERSARIAL, "proxy=null"], "here give {kind: model, path: <run>/ppo/discriminator}"),
+    ("evaluate", ["gold={kind: discriminator}"], "gold.kind=discriminator: it is trained in stage=ppo"),
+    (
+        "collect",
+        ["labeller={kind: discriminator}"],
+        "labeller.kind=discriminator: it is trained in stage=ppo",
+    ),
+    ("collect", [ADVERSARIAL], "reward is not a key of stage collect, but of ppo, evaluate"),
     ("evaluate", ["systems={}"], "systems={}: give at least one"),
     ("evaluate", ["systems={a: 3}"], "systems.a=3: give a path"),
     (
@@ -535,6 +571,26 @@ def test_ppo_work_counts_every_pass() -> None:
     ]
     # 1 sampling + 4 scoring + 6 learning passes over 3 x 2 episodes of 10 tokens
     assert estimate.tokens_to_process("ppo", load_config("ppo", words)) == 11 * 60
+
+
+def test_a_discriminator_counts_as_a_third_trained_model_and_by_its_passes() -> None:
+    for adapter in ("none", "lora"):
+        words = [f"adapter={adapter}", "engine.dtype=float32"]
+        plain, adversarial = (memory_parts(*words, more) for more in ("reward=model", "reward=discriminator"))
+        assert adversarial["trained weights"] == 1.5 * plain["trained weights"]
+        frozen = 0.5 if adapter == "none" else 1  # instead of a reward model of its own
+        assert adversarial["frozen weights"] == frozen * plain["frozen weights"]
+    words = [
+        "updates=3",
+        "batch_size=2",
+        "epochs=1",
+        "data.max_prompt_tokens=4",
+        "data.max_response_tokens=6",
+    ]
+    own = ["pretrain_updates=5", "steps=2", "batch_size=7"]
+    words += ["reward=discriminator", *(f"reward.{word}" for word in own)]
+    # beside 11 passes over 6 episodes: 5 x 7 sampled; 5 + 3 x 2 steps on 14 rows, 3 passes each; 6 + 6 judged
+    assert estimate.tokens_to_process("ppo", load_config("ppo", words)) == 10 * (66 + 35 + 462 + 12)
 
 
 def test_configuration_loads_no_heavy_library() -> None:

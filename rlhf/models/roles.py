@@ -35,6 +35,7 @@ from rlhf.models.forward import response_logprobs, response_logprobs_and_entropy
 from rlhf.models.loading import (
     LoadOptions,
     check_classifier,
+    head,
     load_causal_lm,
     load_options,
     load_reward_model,
@@ -46,6 +47,8 @@ from rlhf.models.loading import (
 from rlhf.models.lora import merged_weight
 from rlhf.models.sharded import shard
 from rlhf.parents import adapter_of
+
+DISCRIMINATOR = "discriminator"  # its adapter's name
 
 
 class ActorCritic(nn.Module):
@@ -175,14 +178,42 @@ def build_roles(config: Any, engine: Engine) -> Roles:
     if roles.reference.model is not None:
         llama.join_weights(trunk(roles.reference.model))
     for model in {id(model): model for model in (models.policy, models.critic) if model is not None}.values():
-        llama.join_weights(trunk(model))
-        _switch_off_dropout(model)
-        # Recomputing in the backward pass is a matter of training mode, which changes nothing else here.
-        model.train(config.gradient_checkpointing)
-        if config.gradient_checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _make_ready(model, config)
     return roles
+
+
+def build_discriminator(
+    policy: Any, config: Any, engine: Engine
+) -> tuple[Any, list[nn.Parameter], Callable[[], contextlib.AbstractContextManager[None]]]:
+    """A classifier that starts as the policy that a run goes on from, with a score head of zeros.
+
+    With LoRA it is one more adapter on that policy's trunk, else a model of its own. Returns it, what is
+    trained of it, and what its passes, a backward one included, happen inside.
+    """
+    if uses_lora(config.adapter):
+        add_adapter(policy, name=DISCRIMINATOR)
+        _switch_off_dropout(policy)
+        score = nn.Linear(head(policy).in_features, 1, bias=False)
+        nn.init.zeros_(score.weight)
+        adapted = RewardAdapter(policy, score.to(engine.device))
+        trained = [*trainable_parameters(policy, adapter=DISCRIMINATOR), *score.parameters()]
+        return adapted, trained, functools.partial(acting, policy, DISCRIMINATOR)
+    options = load_options(config.model, engine, trained=True, sharded=True)
+    model = new_reward_model(config.policy, options)
+    shard(model, engine, trained=True, copied=True)
+    _make_ready(model, config)
+    return model, trainable_parameters(model), contextlib.nullcontext
+
+
+def _make_ready(model: Any, config: Any) -> None:
+    """Lay a model's weights out for its passes, which it makes again in the backward ones where asked."""
+    llama.join_weights(trunk(model))
+    _switch_off_dropout(model)
+    # Recomputing in the backward pass is a matter of training mode, which changes nothing else here.
+    model.train(config.gradient_checkpointing)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _on_one_trunk(policy: Any, adapter: Path | None, config: Any, engine: Engine) -> Roles:
