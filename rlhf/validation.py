@@ -6,9 +6,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.decoding import Decoding, decoding_in, system_decoding
+from rlhf.decoding import decoding_in
 from rlhf.discriminator_settings import check_discriminator, is_adversarial, refuse_elsewhere
-from rlhf.hints import hint
 from rlhf.settings import (
     WEIGHTS,
     Adapter,
@@ -21,6 +20,7 @@ from rlhf.settings import (
     StageConfig,
     zero_stage,
 )
+from rlhf.specs import check_scorer, check_source, check_systems
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "tracker": ("tensorboard", "wandb", "trackio", "none"),
@@ -94,18 +94,6 @@ FRACTIONS = {
     "gae.lam",
     "exposure.end",
 }
-SCORER_KEYS = {
-    "model": {"path"},
-    "classifier": {"train", "classifier"},
-    "function": {"function"},
-    "rouge_l": {"scale"},
-    "rouge_avg": {"scale"},
-    "bleu": {"scale"},
-    "sum": {"parts"},
-}
-OPTIONAL = {"train", "classifier", "scale"}  # of a scorer's keys
-SOURCE_KEYS = {"path", "split", "subset", "part", "limit", "revision", "columns"}
-SYSTEM_KEYS = {"path", "decoding", "best_of"}
 
 
 def check_config(config: StageConfig) -> None:
@@ -130,62 +118,6 @@ def check_config(config: StageConfig) -> None:
             if spec is not None:
                 check_scorer(key, spec)
         check_systems(config.systems, config.baseline, decoding_in(config))
-
-
-def check_source(key: str, source: Any) -> None:
-    """Raise ValueError unless `source` is null, a path, a mapping with a path, or a list of these."""
-    if source is None or isinstance(source, str):
-        return
-    if isinstance(source, list | tuple):
-        for i, part in enumerate(source):
-            check_source(f"{key}[{i}]", part)
-        return
-    if not isinstance(source, dict):
-        raise ValueError(f"{key}={source!r}: give a path, a hub name, or {{path: ..., split: ...}}")
-    _check_keys(key, source, SOURCE_KEYS)
-    if not isinstance(source.get("path"), str):
-        raise ValueError(f"{key}={source!r}: path is missing")
-
-
-def check_scorer(key: str, spec: dict[str, Any]) -> None:
-    """Raise ValueError unless `spec` is {kind: model|classifier|function|..., ...} with its kind's keys."""
-    refuse_elsewhere(key, spec)
-    kind = spec.get("kind")
-    if kind not in SCORER_KEYS:
-        raise ValueError(f"{key}.kind={kind!r}: one of {', '.join(SCORER_KEYS)}")
-    every_key = set().union(*SCORER_KEYS.values())
-    _check_keys(key, spec, every_key | {"kind", "weight"})
-    for needed in SCORER_KEYS[kind] - OPTIONAL:
-        if not spec.get(needed):
-            raise ValueError(f"{key}.{needed} is missing: kind={kind} needs it")
-    check_source(f"{key}.train", spec.get("train"))
-    scale = spec.get("scale", 1.0)
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < math.inf:
-        raise ValueError(f"{key}.scale={scale!r}: a number above 0 is expected")
-    if kind == "sum":
-        _check_parts(key, spec["parts"])
-
-
-def check_systems(systems: dict[str, Any], baseline: str | None, decoding: Decoding) -> None:
-    """Raise ValueError unless every system is a path or {path, best_of, decoding}."""
-    if not systems:
-        raise ValueError("systems={}: give at least one, for instance systems='{mine: path/to/model}'")
-    for name, system in systems.items():
-        key = f"systems.{name}"
-        if isinstance(system, str):
-            continue
-        if not isinstance(system, dict) or not isinstance(system.get("path"), str):
-            raise ValueError(
-                f"{key}={system!r}: give a path, or {{path: ..., best_of: 4, decoding: {{...}}}}"
-            )
-        _check_keys(key, system, SYSTEM_KEYS)
-        own = system.get("decoding") or {}
-        if not isinstance(own, dict):
-            raise ValueError(f"{key}.decoding={own!r}: give its keys, for instance {{num_beams: 4}}")
-        _check_keys(f"{key}.decoding", own, {field.name for field in fields(Decoding)} - {"max_new_tokens"})
-        system_decoding(name, own, decoding)
-    if baseline is not None and baseline not in systems:
-        raise ValueError(f"baseline={baseline}: not one of the systems {', '.join(systems)}")
 
 
 def _check_adapter(adapter: Adapter) -> None:
@@ -301,25 +233,6 @@ def _check_ppo(config: PPOConfig) -> None:
             "distribution that it samples from; set top_k=0 and top_p=1.0 (decoding.top_k and "
             "decoding.top_p are for evaluation)"
         )
-
-
-def _check_parts(key: str, parts: Any) -> None:
-    if not isinstance(parts, list):
-        raise ValueError(f"{key}.parts={parts!r}: give a list of scorers, each with a weight")
-    for i, part in enumerate(parts):
-        where = f"{key}.parts[{i}]"
-        if not isinstance(part, dict) or not isinstance(part.get("weight"), int | float):
-            raise ValueError(f"{where}={part!r}: give {{weight: number, kind: ..., ...}}")
-        check_scorer(where, part)
-
-
-def _check_keys(key: str, mapping: dict[str, Any], allowed: set[str]) -> None:
-    for name in mapping:
-        if name not in allowed:
-            choices = ", ".join(sorted(allowed))
-            raise ValueError(
-                f"{key}.{name} is not a key; {hint(str(name), sorted(allowed))}keys are {choices}"
-            )
 
 
 def _check_value(key: str, value: Any) -> None:

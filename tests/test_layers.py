@@ -14,6 +14,7 @@ LAYERS = {
     "numerics": 0,
     "settings": 1,
     "validation": 1,
+    "specs": 1,
     "config": 1,
     "batches": 1,
     "checks": 1,
