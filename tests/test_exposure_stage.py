@@ -1,12 +1,17 @@
 """stage=exposure: which stages it runs with which words, what it leaves alone, and what it refuses."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rlhf.config import resolved_yaml
 from stages.__main__ import main
+from stages.all import ENTRY_POINT
 from stages.exposure import Step, plan
+from tests.stage_runs import LONGEST_RUN, OWN, read_json
 
 METHODS = [
     *("scheduled_linear", "scheduled_exponential", "scheduled_inverse_sigmoid"),
@@ -138,3 +143,26 @@ def test_show_prints_commands_and_runs_nothing(tmp_path: Path, capsys: pytest.Ca
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12 and all(line.startswith("./launch.sh stage=") for line in lines[:-1])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_cheap_setting_runs_goes_on_and_reports(tmp_path: Path) -> None:
+    words = ["tracker=none", f"runs={tmp_path}", "name=x", "decodings=[beam]", "force=true"]
+    words += [f"methods.{name}=null" for name in METHODS if name not in ("scheduled_linear", "rloo")]
+    small = {stage: [f"{stage}.{word}" for word in own] for stage, own in OWN.items()}
+    command = [sys.executable, str(ENTRY_POINT), "stage=exposure", "model=tiny", "data=toy", *words]
+    command += [word for own in small.values() for word in own]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_RUN * 4)
+    assert first.returncode == 0, first.stdout + first.stderr
+    report = read_json(tmp_path / "x" / "exposure" / "report.json")
+    assert list(report["systems"]) == ["base", "sft", "sft_beam", "scheduled_linear", "rloo"]
+    for entry in report["systems"].values():
+        assert {"rouge_l", "bleu"} <= entry["overlap"].keys() and entry["exposure"]["diversity"]
+    assert "| rloo | " in (tmp_path / "x" / "exposure" / "report.md").read_text(encoding="utf-8")
+
+    shutil.rmtree(tmp_path / "x" / "rloo")
+    shutil.rmtree(tmp_path / "x" / "exposure")
+    again = subprocess.run([*command, "resume=true"], capture_output=True, text=True, timeout=LONGEST_RUN * 4)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("finished in") == 4, "all but rloo and the evaluation"
+    assert read_json(tmp_path / "x" / "exposure" / "report.json")["systems"] == report["systems"]
