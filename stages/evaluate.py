@@ -15,6 +15,7 @@ from rlhf.decoding import decoding_in
 from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.compare import Scored, common_length, compare, equals_oracle, summarise, verdict
 from rlhf.evaluation.exposure import Instruments, load_evidence, measure, save_evidence
+from rlhf.evaluation.measures import LEAST_ROWS
 from rlhf.evaluation.report import COLUMNS, OVERLAPS, print_table, table_rows, write_report
 from rlhf.evaluation.systems import (
     Generation,
@@ -100,9 +101,8 @@ def main(overrides: list[str]) -> None:
     write_report(
         folder.path, report, scored, curves=Path(ppo).parent / "metrics.jsonl", num_samples=config.num_samples
     )
-    folder.finish(
-        "report", parents=parents, checks=[], results=report["systems"], **stage.cost(), **stage.facts
-    )
+    results = {name: {k: v for k, v in e.items() if k != "exposure"} for name, e in entries.items()}
+    folder.finish("report", parents=parents, checks=[], results=results, **stage.cost(), **stage.facts)
     folder.drop_states()
     print_table([list(COLUMNS), *table_rows(report)])
     for note in report["notes"]:
@@ -177,7 +177,13 @@ def notes_on(scored: Sequence[Scored], entries: dict[str, Any], prompts: Sequenc
     """Why measures of exposure bias are missing."""
     notes = []
     missing = sum(prompt.reference is None for prompt in prompts)
-    if missing and any(each.evidence is not None for each in scored):
+    measured = any(each.evidence is not None for each in scored)
+    if measured and len(prompts) - missing < LEAST_ROWS:
+        notes.append(
+            f"{len(prompts) - missing} prompts have a reference, fewer than {LEAST_ROWS}: no excess error "
+            "and no quality after prefixes"
+        )
+    elif measured and missing:
         notes.append(
             f"{missing} of {len(prompts)} prompts have no reference: left out of excess error, quality after "
             "prefixes and MAUVE"

@@ -28,6 +28,9 @@ def test_a_reward_model_is_no_policy(run: Path) -> None:
     assert "policy=" in found and "written by stage rm: a reward model; a policy is due here" in found
     found = refusal("evaluate", run, f"systems={{mine: '{run}/rm/model'}}", "force=true")
     assert "systems.mine=" in found and "a policy is due here" in found
+    oracle = (f"systems={{mine: '{run}/sft/model'}}", f"oracle={run}/rm/model", "force=true")
+    found = refusal("evaluate", run, *oracle)
+    assert f"oracle={run}/rm/model was written by stage rm: a reward model; a policy is due here" in found
 
 
 def test_a_reward_model_from_elsewhere_is_no_policy(run: Path, tmp_path: Path) -> None:

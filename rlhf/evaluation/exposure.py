@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,15 @@ class Instruments:
     prefix_lengths: Sequence[int]
     batch_size: int
     seed: int
+
+
+class Row(NamedTuple):
+    """A prompt and its tokens, with those that a system and that people wrote to it."""
+
+    prompt: Any
+    context: list[int]
+    own: list[int]
+    gold: list[int]
 
 
 @dataclass(frozen=True)
@@ -86,25 +95,23 @@ def measure(
     the model's own at temperature 1, whatever the decoding. A best of n and beams do not go on from a prefix
     as they went on from their own, so they have no `prefixes`.
     """
-    codec, oracle = policy.codec, instruments.oracle
+    codec, oracle, limit = policy.codec, instruments.oracle, system.decoding.max_new_tokens
     contexts = [codec.encode_prompt(g.prompt) for g in generations]
-    own = [g.tokens for g in generations]
-    known = [i for i, record in enumerate(records) if record.reference is not None]
-    limit = system.decoding.max_new_tokens
-    gold = [codec.encode_response(str(records[i].reference))[:limit] for i in known]
-    triples = [(generations[i].prompt, contexts[i], own[i], g) for i, g in zip(known, gold, strict=True)]
-    goes_on = system.best_of == 1 and system.decoding.num_beams == 1
-    found = [
-        prefix_quality(length, system, policy, triples, instruments)
-        for length in (instruments.prefix_lengths if goes_on else ())
+    rows = [
+        Row(g.prompt, context, g.tokens, codec.encode_response(record.reference)[:limit])
+        for g, context, record in zip(generations, contexts, records, strict=True)
+        if record.reference is not None
     ]
+    goes_on = system.best_of == 1 and system.decoding.num_beams == 1
+    lengths = instruments.prefix_lengths if goes_on else ()
+    found = [prefix_quality(length, system, policy, rows, instruments) for length in lengths]
     prefixes = [each for each in found if each is not None]
     if oracle is None:
         return Evidence(None, None, None, None, prefixes)
-    logprobs = token_logprobs(oracle, contexts, own)
-    before, said = [contexts[i] for i in known], [own[i] for i in known]
-    own_kl, gold_kl = (divergences(oracle, policy, before, tokens) for tokens in (said, gold))
-    return Evidence(own_kl, gold_kl, logprobs, mauve(oracle, before, gold, said), prefixes)
+    logprobs = token_logprobs(oracle, contexts, [g.tokens for g in generations])
+    before, own, gold = ([row[i] for row in rows] for i in (1, 2, 3))
+    own_kl, gold_kl = (divergences(oracle, policy, before, tokens) for tokens in (own, gold))
+    return Evidence(own_kl, gold_kl, logprobs, mauve(oracle, before, gold, own), prefixes)
 
 
 def divergences(oracle: Policy, policy: Policy, contexts: Tokens, responses: Tokens) -> list[list[float]]:
@@ -120,35 +127,31 @@ def divergences(oracle: Policy, policy: Policy, contexts: Tokens, responses: Tok
 
 
 def prefix_quality(
-    length: int,
-    system: System,
-    policy: Policy,
-    triples: Sequence[tuple[Any, list[int], list[int], list[int]]],
-    instruments: Instruments,
+    length: int, system: System, policy: Policy, rows: Sequence[Row], instruments: Instruments
 ) -> PrefixQuality | None:
     """The quality of what follows `length` own tokens, as sampled, and of what the system says after as many
     gold ones; None for fewer than LEAST_ROWS rows with both.
 
-    A row is (prompt, its tokens, own tokens, gold tokens). Neither prefix is scored. Continuations end where
-    responses would, and penalties know the prefix as the response's. He et al. (2021),
-    https://arxiv.org/abs/1905.10617.
+    Neither prefix is scored. Continuations end where responses would, and penalties know the prefix as the
+    response's. He et al. (2021), https://arxiv.org/abs/1905.10617.
     """
-    rows = [row for row in triples if min(len(row[2]), len(row[3])) > length]
+    rows = [row for row in rows if min(len(row.own), len(row.gold)) > length]
     if len(rows) < LEAST_ROWS:
         return None
     codec, seed = policy.codec, (instruments.seed + length) * 1_000_003
     decoding = replace(system.decoding, max_new_tokens=system.decoding.max_new_tokens - length)
 
-    def sampled(one: Policy, start: int, batch: Sequence[Any]) -> list[list[int]]:
-        begun = [gold[:length] for _, _, _, gold in batch]
-        tokens = [context + prefix for (_, context, _, _), prefix in zip(batch, begun, strict=True)]
+    def sampled(one: Policy, start: int, batch: Sequence[Row]) -> list[list[int]]:
+        tokens, begun = (
+            [row.context + row.gold[:length] for row in batch],
+            [row.gold[:length] for row in batch],
+        )
         return one.go_on(tokens, decoding, seed=seed + start, begun=begun).responses()
 
     found = by_batches(policy, rows, instruments.batch_size, sampled)
     after_gold = [tokens for batch in found for tokens in batch]
-    after_own = [own[length:] for _, _, own, _ in rows]
-    before_gold = [context + gold[:length] for _, context, _, gold in rows]
-    before_own = [context + own[:length] for _, context, own, _ in rows]
+    after_own = [row.own[length:] for row in rows]
+    before_gold, before_own = ([row.context + row[i][:length] for row in rows] for i in (3, 2))
     logprobs = scores = None
     if instruments.oracle is not None:
         pairs = ((before_gold, after_gold), (before_own, after_own))
@@ -156,7 +159,7 @@ def prefix_quality(
         logprobs = [(_mean(a), _mean(b)) for a, b in zip(*both, strict=True)]
     if instruments.scorer is not None:
         texts = ([codec.decode_response(tokens) for tokens in each] for each in (after_gold, after_own))
-        prompts = [prompt for prompt, _, _, _ in rows]
+        prompts = [row.prompt for row in rows]
         sides = [checked_scores(instruments.scorer, prompts, each).tolist() for each in texts]
         scores = list(zip(*sides, strict=True))
     return PrefixQuality(length, logprobs, scores)

@@ -19,8 +19,8 @@ SIMULATED = (
 )
 EXPOSURE = (
     "Excess error: how much farther the system is from the oracle after its own tokens than after gold ones. "
-    "Log-prob (by the oracle, per token) and gold score of continuations after gold prefixes, less after "
-    "own ones. Each measure and its source: docs/exposure.md."
+    "Log-prob (by the oracle, per token) and gold score of continuations: after gold prefixes, less those "
+    "after own ones. docs/exposure.md has each measure and its source."
 )
 OVERLAPS = {"rouge_l": "ROUGE-L", "bleu": "BLEU"}
 COLUMNS = ("system", "gold", "proxy", "KL", "length", "ended", "rep-4", "distinct-2", "wins (gold)")

@@ -16,6 +16,7 @@ from rlhf.evaluation.compare import Scored, equals_oracle, summarise
 from rlhf.evaluation.exposure import (
     Evidence,
     Instruments,
+    Row,
     divergences,
     load_evidence,
     mauve,
@@ -154,7 +155,8 @@ def test_own_and_gold_contexts_of_one_prompt_begin_alike(policy: Policy, oracle:
 def test_after_a_prefix_of_its_own_a_greedy_system_says_what_it_said(policy: Policy, oracle: Policy) -> None:
     system = replace(SYSTEM, decoding=Decoding(LIMIT, greedy=True))
     said = policy.respond(TEXTS, system.decoding, seed=0).responses()
-    rows = [(text, policy.codec.encode_prompt(text), own, own) for text, own in zip(TEXTS, said, strict=True)]
+    prompts = [policy.codec.encode_prompt(text) for text in TEXTS]
+    rows = [Row(*each) for each in zip(TEXTS, prompts, said, said, strict=True)]
     count: Any = lambda prompts, texts: [float(len(text)) for text in texts]  # noqa: E731
     count.name = "length"
     found = prefix_quality(4, system, policy, rows, instruments(oracle, scorer=count))
@@ -163,7 +165,7 @@ def test_after_a_prefix_of_its_own_a_greedy_system_says_what_it_said(policy: Pol
     assert all(gold == own for gold, own in found.scores)
     rest = policy.codec.decode_response(said[0][4:])
     assert found.scores[0][0] == len(rest), "the prefix is not scored"
-    expected = token_logprobs(oracle, [rows[0][1] + said[0][:4]], [said[0][4:]])[0]
+    expected = token_logprobs(oracle, [prompts[0] + said[0][:4]], [said[0][4:]])[0]
     assert found.logprobs[0][1] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
 
 
