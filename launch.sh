@@ -67,12 +67,12 @@ make_environment() {
 imports_are_there() {
   "$python" - "$1" <<'PYTHON'
 import importlib.util, sys
-needed = "accelerate bitsandbytes datasets filelock gguf huggingface_hub hydra matplotlib numpy omegaconf peft psutil safetensors sklearn"
+needed = "accelerate bitsandbytes datasets filelock gguf huggingface_hub hydra matplotlib numpy omegaconf peft psutil rouge_score sacrebleu safetensors sklearn"
 needed += " tensorboard tokenizers torch tqdm transformers trl yaml"
 if sys.argv[1] != "run":
     needed += " deepspeed"
 if sys.argv[1] == "dev":
-    needed += " mypy pytest ruff xdist"
+    needed += " mauve mypy pytest ruff xdist"
 missing = [name for name in needed.split() if importlib.util.find_spec(name) is None]
 if missing:
     print("not installed yet:", " ".join(missing), file=sys.stderr)

@@ -216,7 +216,6 @@ def test_evidence_survives_the_disk(policy: Policy, oracle: Policy, tmp_path: Pa
 
 def test_equal_texts_have_a_mauve_of_one(oracle: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mauve(oracle, CONTEXTS, RESPONSES, RESPONSES) is None, "too few"
-    pytest.importorskip("mauve")
     monkeypatch.setattr(exposure, "LEAST_MAUVE_ROWS", 80)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(4, 250, (100, 6), generator=generator).tolist()
