@@ -28,7 +28,6 @@ def same_judges(folder: Path, other: Path) -> bool:
 # adapter, what the killed run is in the middle of writing, other settings
 RUNS = [
     ("none", "weights.safetensors", []),
-    ("lora", "optimizer.safetensors", ["algo=rloo", "rollouts_per_prompt=4"]),
     ("qlora", "random.safetensors", ["algo=reinforce", "reinforce_baseline=greedy"]),
 ]
 
@@ -61,14 +60,10 @@ def test_killed_anywhere_it_ends_bit_for_bit_as_uninterrupted(
 @pytest.mark.parametrize(
     ("engine", "adapter", "settings"),
     [
-        ("ddp", "none", []),
-        ("ddp", "lora", ["gradient_checkpointing=true"]),
         ("ddp", "qlora", ["algo=rloo", "rollouts_per_prompt=2"]),
         ("ddp", "none", ["reward.batch_size=1", "engine.micro_batch_size=2"]),  # one has nothing to compute
-        ("zero1", "none", []),
-        ("zero2", "lora", []),
+        ("zero2", "lora", ["gradient_checkpointing=true"]),
         ("zero3", "none", []),
-        ("zero3", "lora", []),
     ],
 )
 def test_two_processes_have_the_numbers_of_one(
@@ -85,10 +80,8 @@ def test_two_processes_have_the_numbers_of_one(
         assert mine["discriminator_loss"] == pytest.approx(other["discriminator_loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_under_deepspeed_too_a_killed_run_ends_as_one_that_was_not(
-    tiny_run: Path, tmp_path: Path, engine: str
-) -> None:
+def test_under_deepspeed_too_a_killed_run_ends_as_one_that_was_not(tiny_run: Path, tmp_path: Path) -> None:
+    engine = "zero3"
     whole, run = (copy_of(tiny_run, tmp_path / name, "ppo") for name in ("whole", "parts"))
     assert run_stage("ppo", *words_under(whole, "ppo", engine), *OWN).status == 0
     words, state = [*words_under(run, "ppo", engine), *OWN], run / "ppo" / "state" / "step_2"
