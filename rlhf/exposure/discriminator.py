@@ -106,6 +106,10 @@ class Discriminator:
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """Logits of samples, each read as in training: cut as beside a reference. Samples of one prompt are
         cut beside the same one, so that they differ in what they say.
+
+        The shorter a text, the nearer to 0 is what can be said of it, and a policy whose samples are told
+        would learn to say nothing. So the share of the reference's length that a sample lacks costs it that
+        share of the lowest logit of all.
         """
         samples = self.texts(prompts, responses)
         places: dict[tuple[int, ...], int] = {}
@@ -113,7 +117,9 @@ class Discriminator:
         draw = self.draw(SCORING, self.num_updates)
         chosen, cuts = self.choose(len(places), draw), draw.random(len(places)).tolist()
         pairs = [(self.references[chosen[n]], text) for n, text in zip(numbers, samples, strict=True)]
-        return self.scores(self.rows(pairs, [cuts[n] for n in numbers])[1::2]).tolist()
+        logits = self.scores(self.rows(pairs, [cuts[n] for n in numbers])[1::2])
+        lacking = [max(0.0, 1 - len(sample) / max(1, len(one))) for (_, one), (_, sample) in pairs]
+        return (logits + torch.tensor(lacking) * logits.min().clamp(max=0)).tolist()
 
     def pretrain(self, policy: Policy, decoding: Decoding) -> None:
         """Learn to tell references from the policy's samples to the same prompts."""

@@ -121,6 +121,21 @@ def test_a_score_says_nothing_of_eos_white_space_or_the_tokens_that_were_drawn(f
     assert judge(PROMPTS, [f"  {text}\n" for text in SAMPLES]) == judge(PROMPTS, SAMPLES)
 
 
+def test_what_a_sample_lacks_of_its_references_length_costs_it_the_lowest_logit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = adversarial(folder)
+    judge = judge_of(config, roles_of(config))
+    assert {len(response) for _, response in judge.references} == {7}
+    texts = ["", "w1", " ".join(["w1"] * 7), " ".join(["w1"] * 12)]
+    for logits, expected in (
+        ([0.0, -1.0, -1.5, 0.5], [-1.5, -1.0 - 1.5 * 6 / 7, -1.5, 0.5]),
+        ([0.0, 1.0, 2.0, 0.5], [0.0, 1.0, 2.0, 0.5]),
+    ):
+        monkeypatch.setattr(judge, "scores", lambda rows, logits=logits: torch.tensor(logits))
+        assert judge(PROMPTS[:4], texts) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 @pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}], ids=["", "checkpointing"])
 def test_micro_batches_and_workers_change_no_weight(folder: Path, adapter: str, more: dict[str, Any]) -> None:
@@ -208,6 +223,7 @@ def test_what_references_have_and_samples_lack_comes(folder: Path, tmp_path: Pat
     run.kl.coef = 0.0
     before = share_of_w7(run, 0)
     run.train(None)
+    assert run.last["length"] > 6, "it does not learn to say nothing"
     assert before < 0.05, "3 of 7 words of a reference are w7"
     assert 0.15 < share_of_w7(run, 0) < 0.8
 
