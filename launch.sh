@@ -151,13 +151,16 @@ run_pip() {
   say "  $title: done in $((SECONDS - start)) s"
 }
 
-# Runs the checks in the project folder; the words after stage=test go to pytest.
+# Runs the checks in the project folder; the words after stage=test go to pytest. Files of tests are shared out to
+# processes of one thread each (-n 0: one process), at most four, as each makes a finished run to test with.
 run_tests() {
   cd "$project"
   "$python" -m ruff check .
   "$python" -m ruff format --check .
   "$python" -m mypy
-  exec "$python" -m pytest "$@"
+  workers=$("$python" -c 'import os; print(min(os.cpu_count() or 1, 4))')
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+  exec "$python" -m pytest -n "$workers" --dist loadfile "$@"
 }
 
 project=$(project_folder "$0")
