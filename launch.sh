@@ -152,14 +152,14 @@ run_pip() {
 }
 
 # Runs the checks in the project folder; the words after stage=test go to pytest. Files of tests are shared out to
-# processes of one thread each (-n 0: one process), at most four, as each makes a finished run to test with.
+# processes (-n 0: one alone), at most four, as each makes a finished run to test with.
 run_tests() {
   cd "$project"
   "$python" -m ruff check .
   "$python" -m ruff format --check .
   "$python" -m mypy
   workers=$("$python" -c 'import os; print(min(os.cpu_count() or 1, 4))')
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+  export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
   exec "$python" -m pytest -n "$workers" --dist loadfile "$@"
 }
 
