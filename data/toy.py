@@ -64,7 +64,9 @@ VERSION = 2
 def build(folder: Path) -> None:
     """Write the record files that configs/data/toy.yaml names, and facts.json last; always the same."""
     folder = Path(folder)
-    with exclusive(folder):
+    if up_to_date(folder / FACTS, VERSION):
+        return
+    with exclusive(folder):  # another process may be at it
         if not up_to_date(folder / FACTS, VERSION):
             replace_files(folder, _write, last=FACTS)
 

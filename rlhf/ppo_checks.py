@@ -42,6 +42,7 @@ def start_checks(experience: Experience, dtype: torch.dtype, eos_token_id: int) 
 
 def end_checks(first: dict[str, float], last: dict[str, float], dtype: torch.dtype) -> list[Check]:
     """Of the metrics of the first and the last update: ratio 1 on the first minibatch, a score that rose."""
+    first = first or last
     ratio = abs(last["first_ratio"] - 1)
     return [
         Check(

@@ -207,7 +207,8 @@ class PPORun:
         learned = time.perf_counter()
         if step % config.sample_every == 0 or step in (1, config.updates):
             self.write_samples(step, records, rollout, scores)
-        self.first = self.first or metrics
+        if not self.first and not metrics.get("gold_share"):  # a score of gold tokens is nobody's
+            self.first = metrics
         self.last = metrics
         return metrics, {"sample": sampled - started, "score": scored - sampled, "learn": learned - scored}
 
@@ -292,6 +293,8 @@ class PPORun:
     def checks(self) -> list[Check]:
         """What the run says about itself; the comparison on unseen prompts is stage=evaluate's."""
         found = [*self.start_checks, *end_checks(self.first, self.last, self.engine.dtype)]
+        if not self.first:
+            found.pop()
         if self.adversary is not None:  # a score that rose says nothing where its judge has changed
             found[-1:] = self.adversary.checks()
         return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 
 from rlhf.records import Prompt, PromptRecord, prompt_key
@@ -61,7 +62,7 @@ def tokenize(text: str) -> list[str]:
 
     Of ASCII text they are those of rouge-score's own tokenizer, which drops all other characters.
     """
-    return TOKEN.findall(text.lower())
+    return TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 Score = Callable[[list[str], str], float]

@@ -7,6 +7,7 @@ Every part is a stage like any other, a process of its own; that of a method lie
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import time
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import decoding_changes, load_config, split_overrides
+from rlhf.discriminator_settings import KIND
+from rlhf.hints import hint
 from rlhf.settings import ComparisonConfig
 from stages import COMMAND_VARIABLE
 from stages.all import ENTRY_POINT, check_unchanged, run_child, stage_folder
 from stages.common import without_run_mode
 
 OWN_KEYS = tuple(ComparisonConfig.__dataclass_fields__)
+METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+GIVEN = ("name", "runs", "seed", "policy", "overwrite", "resume")  # what the comparison sets, or all have
 Words = dict[str, list[str]]
 
 
@@ -50,12 +55,29 @@ def plan(overrides: list[str]) -> tuple[Path, list[list[Step]]]:
     comparison = load_config("exposure", own)
     words = split_overrides([word for word in overrides if word not in own])
     seeds = comparison.seeds
+    for word in words["sft"]:
+        if word.startswith("seed="):
+            raise ValueError(f"{word}: give seeds='[{word.removeprefix('seed=')}]'")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds}: give at least one, and each once")
+    _check_methods(comparison)
     common = load_config("sft", words["sft"])
     names = {seed: common.name if len(seeds) == 1 else f"{common.name}/seed_{seed}" for seed in seeds}
     steps = [list(_steps(comparison, words, seed, name)) for seed, name in names.items()]
     return Path(common.runs) / common.name / "exposure", [_marked(each) for each in steps]
+
+
+def _check_methods(comparison: ComparisonConfig) -> None:
+    known = load_config("exposure", []).methods
+    for method, text in comparison.methods.items():
+        taken = {"base", "sft", *(f"sft_{decoding}" for decoding in comparison.decodings)}
+        if not METHOD_NAME.fullmatch(str(method)) or method in taken:
+            raise ValueError(
+                f"methods.{method}: a name of its own is expected, of letters, digits, - and _; taken are "
+                f"{', '.join(sorted(taken))}"
+            )
+        if text is None and method not in known:
+            raise ValueError(f"methods.{method}=null: {hint(method, known)}methods are {', '.join(known)}")
 
 
 def _steps(comparison: ComparisonConfig, words: Words, seed: int, name: str) -> Iterator[Step]:
@@ -77,7 +99,16 @@ def _steps(comparison: ComparisonConfig, words: Words, seed: int, name: str) -> 
         yield step
         systems[method] = str(step.folder / "model")
     chosen = [f"systems={json.dumps(systems)}", "baseline=sft", "force=true"]
-    yield _step("evaluate", "evaluate", [*words["evaluate"], f"name={name}", f"seed={seed}", *chosen])
+    step = _step("evaluate", "evaluate", [*words["evaluate"], f"name={name}", f"seed={seed}", *chosen])
+    gold, proxy = step.config.gold, step.config.proxy or {}
+    no_proxy = not has_reward_model and proxy.get("path") == str(rm.folder / "model")
+    no_gold = gold is None or (gold["kind"] == "classifier" and gold.get("train") is None)
+    if no_proxy and no_gold:
+        raise ValueError(
+            f"evaluate: data={data.name} has nothing to train a reward model or gold scorer on: give one to "
+            "judge by, for instance gold='{kind: rouge_l}'"
+        )
+    yield step
 
 
 def _method(  # noqa: PLR0913 (a method, the words of all stages, and what it stands on)
@@ -89,11 +120,16 @@ def _method(  # noqa: PLR0913 (a method, the words of all stages, and what it st
     if stages not in (["sft"], ["ppo"]):
         raise ValueError(f"methods.{method}={text}: 'stage=sft ...' or 'stage=ppo ...' is expected")
     own = [word for word in own if not word.startswith("stage=")]
+    for word in own:
+        if word.partition("=")[0] in GIVEN:
+            raise ValueError(f"methods.{method}: {word}: the comparison says that itself; leave it out")
     if stages == ["sft"]:
         return _step(f"methods.{method}", "sft", [*words["sft"], *place, *own])
     reward_model = "null" if rm is None else str(rm.folder / "model")
     paths = [f"policy={sft.folder / 'model'}", f"critic={reward_model}"]
     step = _step(f"methods.{method}", "ppo", [*words["ppo"], *place, *paths, *own])
+    if step.config.reward["kind"] == KIND and not any(word.startswith("critic=") for word in own):
+        return _step(step.label, "ppo", [*step.words, "critic=null"])
     if step.config.reward["kind"] != "model":
         return step
     if rm is None:

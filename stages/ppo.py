@@ -67,7 +67,8 @@ def main(overrides: list[str]) -> None:
     folder.finish("policy", parents=parents, checks=checks, results=results, **stage.cost(), **stage.facts)
     folder.drop_states()
     print_checks(checks[len(run.start_checks) :])
+    first = run.first or run.last
     print(
-        f"score {run.first['score']:.2f} -> {run.last['score']:.2f} at KL {run.last['kl']:.2f}; "
+        f"score {first['score']:.2f} -> {run.last['score']:.2f} at KL {run.last['kl']:.2f}; "
         f"model in {folder.model} ({stage.cost_in_words()})"
     )

@@ -32,12 +32,12 @@ def finish(step: Step) -> None:
 
 
 def test_every_method_is_a_stage_of_its_own_on_the_same_models(tmp_path: Path) -> None:
-    steps = steps_of(tmp_path, "seed=7", "sft.epochs=2", "ppo.updates=5")
+    steps = steps_of(tmp_path, "sft.epochs=2", "ppo.updates=5")
     labels = [step.label.removeprefix("methods.") for step in steps]
     assert labels == ["sft", "collect", "rm", *METHODS, "evaluate"]
     by_label = dict(zip(labels, steps, strict=True))
     run = tmp_path / "x"
-    assert {step.config.seed for step in steps} == {1}, "seeds= says which"
+    assert {step.config.seed for step in steps} == {1}
     assert len({step.folder for step in steps}) == len(steps)
     for name in METHODS[:3]:
         config = by_label[name].config
@@ -47,6 +47,7 @@ def test_every_method_is_a_stage_of_its_own_on_the_same_models(tmp_path: Path) -
         config = by_label[name].config
         assert config.policy == f"{run}/sft/model" and config.updates == 5
         assert config.batch_size == by_label["ppo"].config.batch_size
+    assert by_label["adversarial"].config.critic is None
     assert by_label["reinforce"].config.reward["kind"] == by_label["rloo"].config.reward["kind"] == "rouge_l"
     ppo = by_label["ppo"].config
     assert ppo.reward == {"kind": "model", "path": f"{run}/rm/model"} and ppo.critic == f"{run}/rm/model"
@@ -76,13 +77,17 @@ def test_methods_and_decodings_can_be_left_out_and_added(tmp_path: Path) -> None
 
 
 def test_without_preferences_no_reward_model_is_trained(tmp_path: Path) -> None:
-    words = ["data=tldr", "data.ranked.train=null", "methods.ppo=null"]
+    words = ["data=tldr", "data.ranked.train=null", "methods.ppo=null", "gold={kind: rouge_l}"]
     steps = steps_of(tmp_path, *words)
     labels = [step.label for step in steps]
     assert labels[:2] == ["sft", "methods.scheduled_linear"] and "rm" not in labels
     assert all(step.config.critic is None for step in steps if step.stage == "ppo")
     with pytest.raises(ValueError, match=r"methods.ppo needs a reward model, and data=tldr has neither"):
         steps_of(tmp_path, *words[:2])
+    with pytest.raises(
+        ValueError, match=r"evaluate: data=tldr has nothing to train .* gold='{kind: rouge_l}'"
+    ):
+        steps_of(tmp_path, *words[:3])
     own = steps_of(tmp_path, "data=tldr")
     assert [step.label for step in own][:3] == ["sft", "rm", "methods.scheduled_linear"]
 
@@ -121,6 +126,12 @@ def test_what_is_finished_is_left_alone_and_what_stands_on_new_parts_runs_again(
             "methods.ppo: kl.coeff is not a key of stage ppo; did you mean",
         ),
         (["decodings=[beem]"], "decodings: beem: did you mean beam?"),
+        (["methods.roo=null"], "methods.roo=null: did you mean rloo?"),
+        (["methods.sft=stage=sft"], "methods.sft: a name of its own is expected"),
+        (["methods.sft_beam=stage=sft"], "methods.sft_beam: a name of its own is expected"),
+        (["methods.x/y=stage=sft"], "methods.x/y: a name of its own is expected"),
+        (["methods.x=stage=ppo runs=/etc"], "methods.x: runs=/etc: the comparison says that itself"),
+        (["seed=2"], "seed=2: give seeds='[2]'"),
         (["seeds=[]"], "seeds=[]: give at least one, and each once"),
         (["seeds=[1,1]"], "seeds=[1, 1]: give at least one, and each once"),
         (["seeds=[a]"], "seeds"),

@@ -90,6 +90,10 @@ def test_chinese_data_is_told_apart_from_other_chinese(shared: Path) -> None:
         assert max(others) < 0.5
 
 
+def test_forms_of_one_character_are_one() -> None:
+    assert tokenize("cafe\u0301 ｶﾀｶﾅ") == tokenize("café カタカナ")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_several_references_the_nearest_counts(kind: str) -> None:
     both = score(kind, "a dog ran far away", REFERENCE, "a dog ran far away")

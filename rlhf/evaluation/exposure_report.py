@@ -112,7 +112,8 @@ def _markdown(report: dict[str, Any], seeds: dict[int, Path], plots: Sequence[st
     return (
         f"# Cures for exposure bias: {escaped(report['name'])}\n{simulated}\n"
         f"Seeds {numbers}; {report['num_prompts']:.0f} unseen prompts, one response each, the same for all. "
-        f"{spread} KL is to `{report['reference']}`.\n\n"
+        f"{spread} KL is to `{report['reference']}` in nats per response; of a system that draws nothing "
+        f"its log-prob counts as 0. The oracle is `{report['oracle']}`.\n\n"
         f"{table(comparison_table(report))}\n"
         f"{EXPOSURE}\n\n"
         + "".join(f"- {escaped(note)}\n" for note in notes)

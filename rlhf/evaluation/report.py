@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,7 @@ def _samples(scored: Sequence[Scored], num_samples: int) -> str:
 
 def escaped(text: str) -> str:
     """Model text that cannot become markup: no HTML, table cells, links or line breaks of its own."""
+    text = "".join(" " if unicodedata.category(mark) == "Cc" else mark for mark in text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_[]|!#~$":
         text = text.replace(mark, "\\" + mark)

@@ -75,6 +75,8 @@ def bootstrap_of_means(
             found.append(statistic(np.einsum("bp,pk->bk", counts / num_prompts, array)))
         means = statistic(array.mean(axis=0))
         ends = np.nanquantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    # where all rows are alike, the resamples' means differ from theirs by rounding alone
+    ends = np.stack([np.minimum(ends[0], means), np.maximum(ends[1], means)])
     return [Estimate(*map(float, numbers)) for numbers in zip(means, *ends, strict=True)]
 
 

@@ -46,6 +46,7 @@ def report_of(shift: float) -> dict[str, Any]:
         "num_prompts": NUM_PROMPTS,
         "baseline": "sft",
         "reference": "sft",
+        "oracle": "base",
         "preferences_simulated": False,
         "notes": [],
         "excess_error_length": common_length(list(entries.values())),

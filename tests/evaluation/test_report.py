@@ -30,6 +30,7 @@ HOSTILE = (
     "# heading\n\n---\n<img src=x onerror=y>",
     "https://evil.example www.evil.example me@evil.example",
     "&lt;b&gt; \\| back \\` slash",
+    "bell \x07 escape \x1b[31m nul \x00 end",
 )
 OPTIONS = {"num_bootstrap": 100, "seed": 0}
 
@@ -78,6 +79,7 @@ def test_text_of_models_stays_text(systems: list[Scored], tmp_path: Path) -> Non
     ):
         assert sign not in text, sign
     assert not re.findall(r"(?<!\\)\]\((?!plots/)", text)
+    assert not [mark for mark in text if mark < " " and mark != "\n"]
     assert "&lt;script&gt;" in text and "\\[click\\]" in text and "\\*\\*bold\\*\\*" in text
     samples = text.split("## Samples")[1].split("## How to reproduce")[0]
     rows = [
@@ -122,8 +124,8 @@ def test_the_table_by_hand(systems: list[Scored], capsys: pytest.CaptureFixture[
         "gold": {"mean": 1.234, "low": -1.0, "high": 2},
     }
     baseline, other = table_rows(report)
-    # every response is 5 tokens, two 4-grams that differ, and four 2-grams that all responses share: 4 / 32
-    assert baseline == ["sft", "1.23 [-1.00, 2.00]", "-", "<= 0.64", "5.0", "100%", "0.000", "0.12", "-"]
+    # every response is 5 tokens, two 4-grams that differ, and four 2-grams that all responses share: 4 / 36
+    assert baseline == ["sft", "1.23 [-1.00, 2.00]", "-", "<= 0.64", "5.0", "100%", "0.000", "0.11", "-"]
     assert (other[3], other[8]) == ("0.50", "1.00 [1.00, 1.00]")
     print_table([list(COLUMNS), *table_rows(report)])
     lines = capsys.readouterr().out.splitlines()

@@ -198,3 +198,11 @@ def test_pearson_by_hand() -> None:
 def test_a_constant_correlates_with_nothing() -> None:
     assert pearson([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
     assert pearson([1.0, 2.0, 3.0], [0.1, 0.1, 0.1]) is None
+
+
+def test_an_interval_holds_its_mean_where_all_rows_are_alike() -> None:
+    for level in (1 / 3, 0.1, 7.2e-5, 5 / 6):
+        for count in (3, 7, 24):
+            rows = [[level, level**2]] * count
+            for each in bootstrap_of_means(rows, lambda means: means.prod(-1, keepdims=True)):
+                assert each.low <= each.mean <= each.high

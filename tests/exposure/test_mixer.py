@@ -136,6 +136,7 @@ def test_a_run_logs_a_share_that_goes_to_nothing(folder: Path, tmp_path: Path, m
     assert shares[0] > shares[1] > 0 and shares[2:] == [0, 0]
     for each in metrics:
         assert each["first_ratio"] == pytest.approx(1, abs=1e-5)
+    assert run.first == metrics[2], "what gold tokens scored is no start to rise from"
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-5)
 
 
