@@ -69,7 +69,7 @@ def test_killed_anywhere_it_ends_bit_for_bit_as_uninterrupted(
 def test_two_processes_have_the_numbers_of_one(
     tiny_run: Path, tmp_path: Path, engine: str, adapter: str, settings: list[str]
 ) -> None:
-    own = [*ADAPTERS[adapter], *OWN, *settings, "updates=3"]
+    own = [*ADAPTERS[adapter], *OWN, "reward.pretrain_updates=3", *settings, "updates=3"]
     alone, several = (copy_of(tiny_run, tmp_path / name, "ppo") for name in ("alone", "several"))
     assert run_stage("ppo", *words_under(alone, "ppo", "single", 1), *own).status == 0
     result = run_stage("ppo", *words_under(several, "ppo", engine, 2), *own)
@@ -83,8 +83,9 @@ def test_two_processes_have_the_numbers_of_one(
 def test_under_deepspeed_too_a_killed_run_ends_as_one_that_was_not(tiny_run: Path, tmp_path: Path) -> None:
     engine = "zero3"
     whole, run = (copy_of(tiny_run, tmp_path / name, "ppo") for name in ("whole", "parts"))
-    assert run_stage("ppo", *words_under(whole, "ppo", engine), *OWN).status == 0
-    words, state = [*words_under(run, "ppo", engine), *OWN], run / "ppo" / "state" / "step_2"
+    own = [*OWN, "updates=3", "reward.pretrain_updates=2", "reward.steps=1"]
+    assert run_stage("ppo", *words_under(whole, "ppo", engine), *own).status == 0
+    words, state = [*words_under(run, "ppo", engine), *own], run / "ppo" / "state" / "step_2"
     killed = run_until(state.exists, "ppo", *words)
     assert killed.status == -9, killed.output
     resumed = run_stage("ppo", *words, "resume=true")
