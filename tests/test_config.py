@@ -433,6 +433,12 @@ MISTAKES = [
         ["engine=zero2", "engine.deepspeed.communication_data_type=fp16"],
         'communication_data_type="fp16" contradicts the type in which gradients travel="fp32": leave it out',
     ),
+    (
+        "ppo",
+        ["engine.micro_batch_size=0"],
+        "engine.micro_batch_size=0: a number that is at least 1 is expected",
+    ),
+    ("sft", ["engine.threads=0"], "engine.threads=0: a number that is at least 1 is expected"),
     ("ppo", ["engine=zero3", f"{ZERO}.zero_quantized_weights=true"], "zero_quantized_weights=true is not"),
     ("ppo", ["engine=zero2", f"{ZERO}.reduce_bucket_size=0"], "reduce_bucket_size=0: a whole number above 0"),
     ("ppo", ["engine=zero2", f"{ZERO}=null"], "zero_optimization.stage=1, 2 or 3 is expected; leave it to"),
