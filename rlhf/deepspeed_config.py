@@ -4,76 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.deepspeed_keys import KEYS, OURS, Kind, Refused
 from rlhf.hints import hint
-from rlhf.settings import MAX_GRAD_NORM
+from rlhf.settings import MAX_GRAD_NORM, WEIGHTS, zero_stage
 
 AUTO = "auto"  # what a file of Hugging Face's leaves to the program that reads it
-
-# Settings that DeepSpeed takes as they are.
-TAKEN = {
-    "zero_optimization",
-    "aio",
-    "comms_logger",
-    "communication_data_type",
-    "disable_python_gc",
-    "dump_state",
-    "memory_breakdown",
-    "steps_per_print",
-}
-# Settings that keys of this project say. They may stand in a file where they say the same.
-OURS = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-    "torch_autocast",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-}
-# Settings of DeepSpeed's that change what is computed, or would go unread here. They may be switched off.
-REFUSED = {
-    "activation_checkpointing",
-    "amp",
-    "autotuning",
-    "bfloat16",
-    "checkpoint",
-    "compile",
-    "compression_training",
-    "csv_monitor",
-    "curriculum_learning",
-    "data_efficiency",
-    "data_types",
-    "dataloader_drop_last",
-    "disable_allgather",
-    "eigenvalue",
-    "elasticity",
-    "flops_profiler",
-    "gradient_allreduce_op",
-    "gradient_predivide_factor",
-    "hybrid_engine",
-    "load_universal_checkpoint",
-    "pipeline",
-    "prescale_gradients",
-    "progressive_layer_drop",
-    "quantize_training",
-    "sparse_attention",
-    "sparse_gradients",
-    "tensor_parallel",
-    "tensorboard",
-    "timers",
-    "wall_clock_breakdown",
-    "wandb",
-    "weight_quantization",
-    "zero_force_ds_cpu_initialization",
-}
 
 
 def deepspeed_settings(engine: Any) -> dict[str, Any] | None:
@@ -84,7 +24,7 @@ def deepspeed_settings(engine: Any) -> dict[str, Any] | None:
     """
     if engine.deepspeed is None:
         return None
-    ours, given = _to_hand_on(engine.deepspeed), _to_hand_on(_read(engine.deepspeed_config))
+    ours, given = (_to_hand_on(each) for each in (engine.deepspeed, _read(engine.deepspeed_config)))
     return _merged(ours, given, engine.deepspeed_config)
 
 
@@ -104,47 +44,83 @@ def check_deepspeed(config: Any) -> None:
         ("engine.deepspeed.", engine.deepspeed),
         (f"{engine.deepspeed_config}: ", _read(engine.deepspeed_config)),
     ):
-        _check_names(where, given)
-        _check_stage(where, given, engine.name)
+        _check_keys(where, given, KEYS)
+        _check_stage(where, given, engine)
         _check_values(where, given, _own_values(config), engine.dtype)
     deepspeed_settings(engine)
+
+
+def check_has_stage(deepspeed: Any) -> None:
+    """Raise ValueError where `engine.deepspeed`, whose stage is read in many places, is given without one."""
+    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if deepspeed is not None and stage not in (1, 2, 3):
+        raise ValueError(
+            f"engine.deepspeed={json.dumps(deepspeed)}: zero_optimization.stage=1, 2 or 3 is expected; leave "
+            "it to engine=zero1, zero2 or zero3"
+        )
 
 
 def _read(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        given = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        given = json.loads(text, object_pairs_hook=_without_repeats)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"engine.deepspeed_config={path} cannot be read as JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"engine.deepspeed_config={path}: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"engine.deepspeed_config={path} is no JSON object")
     return given
 
 
-def _check_names(where: str, given: dict[str, Any]) -> None:
-    known = sorted(TAKEN | OURS | REFUSED)
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = Counter(key for key, _ in pairs)
+    for key in (key for key, count in counts.items() if count > 1):
+        raise ValueError(f"{key} is given {counts[key]} times: leave it there once")
+    return dict(pairs)
+
+
+def _check_keys(where: str, given: dict[str, Any], known: dict[str, Any]) -> None:
+    """Raise ValueError for names that are not known, and for values of another kind than theirs."""
     for key, value in given.items():
+        said = f"{where}{key}={json.dumps(value)}"
         if key not in known:
-            raise ValueError(f"{where}{key} is no key of DeepSpeed's; {hint(key, known)}".rstrip("; "))
-        if key in REFUSED and _is_on(value):
-            raise ValueError(f"{where}{key}={json.dumps(value)} is not supported: leave it out")
-    if not isinstance(given.get("zero_optimization", {}), dict):
-        raise ValueError(
-            f"{where}zero_optimization is no mapping: give it keys of its own, for instance stage"
-        )
+            raise ValueError(
+                f"{where}{key} is no key of DeepSpeed's; {hint(key, sorted(known))}".rstrip("; ")
+            )
+        kind = known[key]
+        if value == AUTO:
+            continue
+        if isinstance(kind, dict) and isinstance(value, dict):
+            _check_keys(f"{where}{key}.", value, kind)
+        elif isinstance(kind, dict) and value is not None:
+            raise ValueError(
+                f"{where}{key} is no mapping: give it keys of its own, for instance {next(iter(kind))}"
+            )
+        elif isinstance(kind, Refused) and kind.holds(value):
+            because = f" ({kind.why})" if kind.why else ""
+            raise ValueError(f"{said} is not supported{because}: leave it out")
+        elif isinstance(kind, Kind) and not kind.fits(value):
+            raise ValueError(f"{said}: {kind.expected} is expected")
 
 
-def _is_on(value: Any) -> bool:
-    return value.get("enabled", True) not in (False, AUTO) if isinstance(value, dict) else bool(value)
-
-
-def _check_stage(where: str, given: dict[str, Any], engine: str) -> None:
-    stage, own = given.get("zero_optimization", {}).get("stage", AUTO), re.match(r"zero(\d)", engine)
+def _check_stage(where: str, given: dict[str, Any], engine: Any) -> None:
+    zero = given.get("zero_optimization") or {}
+    stage, own = zero.get("stage", AUTO), re.match(r"zero(\d)", engine.name)
     if own is not None and stage not in (AUTO, int(own[1])):
         remedy = f"set engine=zero{stage}" if stage in (1, 2, 3) else "leave it out"
         raise ValueError(
-            f"{where}zero_optimization.stage={json.dumps(stage)} contradicts engine={engine}: {remedy}"
+            f"{where}zero_optimization.stage={json.dumps(stage)} contradicts engine={engine.name}: {remedy}"
+        )
+    offloaded = (zero.get("offload_param") or {}).get("device")
+    if offloaded == "cpu" and zero_stage(engine.deepspeed) < WEIGHTS:
+        raise ValueError(
+            f'{where}zero_optimization.offload_param.device="cpu" has no effect under engine={engine.name}, '
+            "where weights are whole in every process: set engine=zero3_offload, or engine=zero2_offload for "
+            "the optimizer"
         )
 
 
@@ -156,6 +132,7 @@ def _own_values(config: Any) -> dict[str, tuple[str, Any]]:
     found: dict[str, tuple[str, Any]] = {
         "train_micro_batch_size_per_gpu": ("engine.micro_batch_size", engine.micro_batch_size),
         "gradient_accumulation_steps": ("engine.tokens_per_pass", engine.tokens_per_pass),
+        "communication_data_type": ("the type in which gradients travel", "fp32"),
         "gradient_clipping": ("the gradient norm's limit in sft and rm", MAX_GRAD_NORM),
         "optimizer.type": ("the optimizer's type", "AdamW"),
         "fp16.enabled": ("engine.dtype", False),
@@ -196,13 +173,13 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + key, value
 
 
-def _to_hand_on(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those that keys of this project say, or that are left to them."""
+def _to_hand_on(given: dict[str, Any], known: dict[str, Any] = KEYS) -> dict[str, Any]:
+    """Settings without those that keys of this project say, that are left to them, or that are off."""
     taken = {key: value for key, value in given.items() if value != AUTO}
     return {
-        key: _to_hand_on(value) if isinstance(value, dict) else value
+        key: _to_hand_on(value, known[key]) if isinstance(value, dict) else value
         for key, value in taken.items()
-        if key not in OURS | REFUSED
+        if key not in OURS and not isinstance(known[key], Refused)
     }
 
 

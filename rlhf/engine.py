@@ -153,14 +153,7 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"engine.device={name}, but this machine shows no CUDA device; use engine.device=cpu"
-        )
-    device = torch.device(name)
+    device = find_device(settings.device)
     _check_same_device(processes().all_of(device.type))
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # an installed DeepSpeed need not look, and say so
@@ -184,6 +177,18 @@ def build_engine(settings: Any, num_parameters: int, *, full_weights: bool = Fal
         processes(),
         deepspeed,
     )
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `engine.device` names; raises ValueError where this machine has none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.partition(":")[0]
+    if not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[kind].is_available():
+        raise ValueError(
+            f"engine.device={name}, but this machine shows no {kind.upper()} device; use engine.device=cpu"
+        )
+    return torch.device(name)
 
 
 def _check_same_device(kinds: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.decoding import decoding_in
+from rlhf.deepspeed_config import check_has_stage
 from rlhf.discriminator_settings import check_discriminator, is_adversarial, refuse_elsewhere
 from rlhf.settings import (
     WEIGHTS,
@@ -43,7 +44,9 @@ AT_LEAST_ONE = {
     "rollouts_per_prompt",
     "eval_every",
     "eval_prompts",
+    "micro_batch_size",
     "tokens_per_pass",
+    "threads",
     "workers",
     "zero_processes",
     "rounds",
@@ -170,6 +173,7 @@ def _check_exposure(exposure: Exposure) -> None:
 
 
 def _check_shared_weights(config: StageConfig) -> None:
+    check_has_stage(config.engine.deepspeed)
     if zero_stage(config.engine.deepspeed) < WEIGHTS:
         return
     engine = config.engine.name

@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 SECONDS_TO_SPEAK = 3.0
 HELP_WORDS = {"help", "--help", "-h"}
@@ -98,7 +99,7 @@ def run(stage: str, overrides: list[str]) -> int:
     from rlhf.parents import check_there
     from rlhf.processes import RANK, leave
     from stages.common import make_inputs
-    from stages.foreign import check_fits, check_stage, is_foreign, make_inputs_once
+    from stages.foreign import check_stage, is_foreign, make_inputs_once
     from stages.launch import launch, place_of
     from stages.show import show
 
@@ -110,14 +111,14 @@ def run(stage: str, overrides: list[str]) -> int:
     if stage in SEVERAL:
         return SEVERAL[stage](overrides)
     config = load_config(stage, overrides)
+    if stage == "evaluate" and not config.show:
+        # MKL's products are then the same for any number of threads: several processes have fewer each
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    if stage != "bench":
+        check_here(config)
     if config.show:
         show(stage, config)
         return 0
-    if stage == "evaluate":
-        # MKL's products are then the same for any number of threads: several processes have fewer each
-        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    if is_foreign():
-        check_fits(config)
     if stage != "bench" and (RANK not in os.environ or is_foreign()):
         # where several processes check, none writes before all have met
         folder = StageFolder(config.runs, config.name, stage)
@@ -131,6 +132,24 @@ def run(stage: str, overrides: list[str]) -> int:
     importlib.import_module(f"stages.{stage}").main(overrides)
     leave()
     return 0
+
+
+def check_here(config: Any) -> None:
+    """Raise ValueError for settings that do not fit the processes there are or, unless all is only shown, the
+    devices.
+    """
+    from rlhf.processes import RANK
+    from stages.foreign import check_fits, is_foreign
+    from stages.launch import place_of
+
+    if is_foreign():
+        check_fits(config)
+    elif RANK not in os.environ:
+        place_of(config)
+    if not config.show and config.engine.device not in ("auto", "cpu"):
+        from rlhf.engine import find_device  # with torch
+
+        find_device(config.engine.device)
 
 
 def run_all(overrides: list[str]) -> int:

@@ -15,6 +15,7 @@ from rlhf.config import PROJECT_DIR, load_config, resolved_yaml, split_overrides
 from rlhf.parents import replaced_parent
 from stages import COMMAND_VARIABLE
 from stages.common import without_run_mode
+from stages.launch import place_of
 
 Configs = dict[str, Any]
 ENTRY_POINT = PROJECT_DIR / "stages" / "__main__.py"
@@ -26,6 +27,7 @@ def load_configs(overrides: list[str]) -> Configs:
     for stage, words in split_overrides(overrides).items():
         try:
             configs[stage] = load_config(stage, words)
+            place_of(configs[stage])
         except ValueError as error:
             raise ValueError(f"stage {stage}: {error}") from error
     return configs

@@ -23,6 +23,7 @@ from rlhf.settings import ComparisonConfig
 from stages import COMMAND_VARIABLE
 from stages.all import ENTRY_POINT, check_unchanged, run_child, stage_folder
 from stages.common import without_run_mode
+from stages.launch import place_of
 
 OWN_KEYS = tuple(ComparisonConfig.__dataclass_fields__)
 METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -142,7 +143,9 @@ def _method(  # noqa: PLR0913 (a method, the words of all stages, and what it st
 
 def _step(label: str, stage: str, words: list[str]) -> Step:
     try:
-        return Step(label, stage, words, load_config(stage, words))
+        config = load_config(stage, words)
+        place_of(config)
+        return Step(label, stage, words, config)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
 

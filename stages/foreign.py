@@ -32,9 +32,15 @@ def taken_over(words: list[str]) -> list[str]:
         return words
     rank = _number("RANK")
     address, port = os.environ.get("MASTER_ADDR"), _number("MASTER_PORT")
+    here_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"
+    here = _number(here_name, 1)
+    _check_counts("RANK", rank, "WORLD_SIZE", count)
+    if here_name in os.environ:
+        _check_counts("LOCAL_RANK", local, here_name, here)
+    else:
+        _check_counts("LOCAL_RANK", local, "WORLD_SIZE", count)
     if not address:
         raise ValueError(f"WORLD_SIZE={count}, but MASTER_ADDR is not set: start the stage by ./launch.sh")
-    here = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))
     own = {RANK: str(rank), COUNT: str(count), LOCAL_RANK: str(local), FOREIGN: "1"}
     own[ADDRESS] = f"{address}:{port}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -47,6 +53,13 @@ def taken_over(words: list[str]) -> list[str]:
     words = [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
     said = any(word.startswith("num_processes=") for word in words)
     return words if said else [*words, f"num_processes={count}"]
+
+
+def _check_counts(name: str, rank: int, of: str, count: int) -> None:
+    if not 0 <= rank < count:
+        raise ValueError(
+            f"{name}={rank} of {of}={count}: the launcher that sets them counts from 0; else use ./launch.sh"
+        )
 
 
 def _number(name: str, default: int | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from rlhf.checkpoint import StageFolder
 from rlhf.config import PROJECT_DIR
 from rlhf.processes import ADDRESS, COUNT, LOCAL_RANK, RANK
 from rlhf.sources import nearest_existing
@@ -61,11 +63,9 @@ def place_of(config: Any) -> Place:
         raise ValueError(
             f"machine_rank={config.machine_rank} of num_machines={config.num_machines}: they count from 0"
         )
-    if config.num_machines > 1:
-        if config.main_address is None:
-            raise ValueError(
-                f"num_machines={config.num_machines}: give main_address=, the address of machine 0"
-            )
+    if config.num_machines > 1 and config.main_address is None:
+        raise ValueError(f"num_machines={config.num_machines}: give main_address=, the address of machine 0")
+    if config.main_address is not None:
         _check_known(config.main_address, f"main_address={config.main_address}")
     here = asked // config.num_machines
     return Place(asked, here, config.machine_rank * here, config.main_address)
@@ -75,26 +75,42 @@ def _place_in(hostfile: str, config: Any) -> Place:
     """The place of this machine in a file of lines `host slots=N`, the first host being machine 0."""
     if config.num_processes is not None or config.num_machines > 1 or config.main_address is not None:
         raise ValueError("hostfile= says how many processes and machines there are: leave the other keys out")
-    path = Path(hostfile).expanduser()
-    if not path.is_file():
-        raise ValueError(f"hostfile={hostfile}: no such file{nearest_existing(path)}")
-    hosts: list[tuple[str, int]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        text = line.partition("#")[0].strip()
-        if text:
-            found = HOST.fullmatch(text)
-            if found is None:
-                raise ValueError(f"{path}:{number}: {text!r}; host slots=<number of processes> is expected")
-            hosts.append((found[1], int(found[2])))
+    hosts = _hosts_in(hostfile)
     own = _own_names()
     mine = [index for index, (host, _) in enumerate(hosts) if host in own or _address_of(host) in own]
     if len(mine) != 1:
         raise ValueError(
-            f"{hostfile} names this machine {len(mine)} times; it is known as {', '.join(sorted(own))}"
+            f"hostfile={hostfile} names this machine {len(mine)} times; it is known as "
+            f"{', '.join(sorted(own))}"
         )
-    _check_known(hosts[0][0], f"{hostfile}: the first host, {hosts[0][0]},")
+    _check_known(hosts[0][0], f"hostfile={hostfile}: the first host, {hosts[0][0]},")
     slots = [count for _, count in hosts]
     return Place(sum(slots), slots[mine[0]], sum(slots[: mine[0]]), hosts[0][0])
+
+
+def _hosts_in(hostfile: str) -> list[tuple[str, int]]:
+    """The hosts of a file with the number of processes of each."""
+    path = Path(hostfile).expanduser()
+    if not path.exists():
+        raise ValueError(f"hostfile={hostfile}: no such file{nearest_existing(path)}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin a file with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ValueError(
+            f"hostfile={hostfile} cannot be read ({why}): give a file of lines `host slots=N`"
+        ) from error
+    hosts: list[tuple[str, int]] = []
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if text:
+            found = HOST.fullmatch(text)
+            if found is None:
+                raise ValueError(
+                    f"hostfile={path}:{number}: {text[:60]!r}; host slots=<number of processes> is expected"
+                )
+            hosts.append((found[1], int(found[2])))
+    return hosts
 
 
 def _own_names() -> set[str]:
@@ -129,7 +145,8 @@ def launch(stage: str, words: list[str], config: Any) -> int:
     try:
         while not any(child.poll() for child in children) and any(c.poll() is None for c in children):
             time.sleep(0.05)
-        return _ending(children, place.first, place.count)
+        folder = StageFolder(config.runs, config.name, stage)
+        return _ending(children, place, saved=folder.latest_state() is not None)
     finally:
         _end(children)
         for number, handler in before.items():
@@ -149,16 +166,16 @@ def start(command: list[str], place: Place, main_port: int | None, **how: Any) -
     return [subprocess.Popen(command, env={**os.environ, **common, **each}, **how) for each in own]
 
 
-def _ending(children: list[subprocess.Popen[bytes]], first: int, count: int) -> int:
+def _ending(children: list[subprocess.Popen[bytes]], place: Place, *, saved: bool) -> int:
     """The status of the process that ended first, with a word on it where it could say none itself."""
     local, status = next(
         ((i, child.returncode) for i, child in enumerate(children) if child.returncode), (0, 0)
     )
     if status < 0 or status not in (0, 2, 130):
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        then = " What was saved before is good: resume=true goes on from there" if saved else ""
         print(
-            f"error: process {first + local} of {count} {how}; the others were ended too. What was "
-            "saved before is good: resume=true goes on from there",
+            f"error: process {place.first + local} of {place.count} {how}; the others were ended too.{then}",
             file=sys.stderr,
         )
     return status if status >= 0 else 128 - status
@@ -209,6 +226,11 @@ def _address(place: Place, main_port: int | None) -> str:
         try:
             probe.bind(("" if several else host, port))
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(
+                    f"main_address={host} is not an address of this machine, which is the only one: leave it "
+                    "out, or give num_machines="
+                ) from error
             raise ValueError(
                 f"main_port={port} cannot be used ({error.strerror}): end what uses it, or set main_port= to "
                 "a free one on every machine"

@@ -1,12 +1,14 @@
 """What show=true prints: the resolved configuration, where each input comes from, and the estimate."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import resolved_yaml
 from rlhf.estimate import estimate, find_config
 from rlhf.sources import EMBEDDED, embedded_place
+from stages.launch import place_of
 
 # The settings of each stage that name something to read.
 INPUTS = {
@@ -29,7 +31,7 @@ def show(stage: str, config: Any) -> None:
         for name, path in paths_in(key, value_of(config, key)):
             print(f"{name:<35} {path}  ({describe(path, config)})")
     print("\n# estimate")
-    for line in estimate(stage, config):
+    for line in estimate(stage, replace(config, num_processes=place_of(config).count)):
         print(line)
     folder = Path(config.runs) / config.name / stage
     print(f"\n# result\n{folder}  ({_folder_state(folder)})\n")

@@ -141,6 +141,50 @@ def test_show_prints_configuration_inputs_and_estimate(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("stage", ["ppo", "all", "exposure"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["num_processes=2"], "num_processes=2 needs several processes: set engine=ddp or zero2"),
+        (["engine=zero2"], "engine=zero2: give num_processes="),
+        (["engine=ddp", "num_processes=3", "num_machines=2"], "num_processes=3 is no multiple of"),
+        (["engine=ddp", "num_processes=2", "num_machines=2"], "num_machines=2: give main_address="),
+        (["engine=ddp", "num_processes=4", "num_machines=2", "machine_rank=2"], "machine_rank=2 of num_mach"),
+        (["engine=ddp", "hostfile=nowhere"], "hostfile=nowhere: no such file"),
+        (["engine=ddp", "hostfile=hosts", "num_processes=2"], "hostfile= says how many processes"),
+    ],
+)
+def test_show_refuses_what_a_run_would(
+    stage: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"stage={stage}", "show=true", *TINY, *words]) == 2
+    shown, error = capsys.readouterr()
+    assert not shown and message in error and error.count("\n") == 1
+
+
+def test_show_counts_the_processes_of_a_hostfile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def memory(*words: str) -> str:
+        assert (
+            main(["stage=ppo", "show=true", "adapter=none", "engine=zero2", f"runs={tmp_path}", *words]) == 0
+        )
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory"))
+
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 slots=8\n")
+    assert memory(f"hostfile={hosts}") == memory("num_processes=8") != memory("num_processes=1")
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    several = ["engine=zero2", "num_processes=2", "engine.device=cuda"]
+    assert main(["stage=sft", *TINY, f"runs={tmp_path}/runs", *several]) == 2
+    assert "engine.device=cuda, but this machine shows no CUDA device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_show_tells_finished_parents_from_others(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "n" / "sft").mkdir(parents=True)
     (tmp_path / "n" / "rm").mkdir()

@@ -217,6 +217,7 @@ def test_a_saved_configuration_reloads_equal(stage: str, tmp_path: Path) -> None
 
 SCHEDULED = "exposure=scheduled_sampling"
 ADVERSARIAL = "reward=discriminator"
+ZERO = "engine.deepspeed.zero_optimization"
 
 MISTAKES = [
     ("ppo", ["main_port=99999"], "main_port=99999: a port from 1 to 65535 is expected"),
@@ -427,6 +428,21 @@ MISTAKES = [
     ("collect", ["decoding.penalty_scope=prompt"], "decoding.penalty_scope=prompt: one of response, all"),
     ("collect", ["decoding.min_p=2"], "decoding.min_p=2.0: a number from 0 to 1 is expected"),
     ("ppo", ["exposure=scheduled_sampling"], "exposure is not a key of stage ppo, but of sft"),
+    (
+        "ppo",
+        ["engine=zero2", "engine.deepspeed.communication_data_type=fp16"],
+        'communication_data_type="fp16" contradicts the type in which gradients travel="fp32": leave it out',
+    ),
+    (
+        "ppo",
+        ["engine.micro_batch_size=0"],
+        "engine.micro_batch_size=0: a number that is at least 1 is expected",
+    ),
+    ("sft", ["engine.threads=0"], "engine.threads=0: a number that is at least 1 is expected"),
+    ("ppo", ["engine=zero3", f"{ZERO}.zero_quantized_weights=true"], "zero_quantized_weights=true is not"),
+    ("ppo", ["engine=zero2", f"{ZERO}.reduce_bucket_size=0"], "reduce_bucket_size=0: a whole number above 0"),
+    ("ppo", ["engine=zero2", f"{ZERO}=null"], "zero_optimization.stage=1, 2 or 3 is expected; leave it to"),
+    ("ppo", ["engine=zero2", "engine.deepspeed=3"], "engine.deepspeed=3: zero_optimization.stage=1, 2 or 3"),
     ("sft", ["name=${nope}"], "name: Interpolation key 'nope' not found"),
     ("sfr", [], "stage=sfr: did you mean sft?"),
 ]

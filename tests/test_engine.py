@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf.engine import Engine, _check_same_device
+from rlhf.engine import Engine, _check_same_device, find_device
 from rlhf.processes import Processes
 
 
@@ -118,3 +118,13 @@ def test_a_process_without_a_gpu_beside_one_that_has_one_is_named() -> None:
     _check_same_device(["cuda", "cuda"])
     with pytest.raises(ValueError, match=r"process 2 computes on cpu, process 0 on cuda.*num_processes="):
         _check_same_device(["cuda", "cuda", "cpu"])
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for place in ("torch.cuda.is_available", "torch.backends.mps.is_available"):
+        monkeypatch.setattr(place, lambda: False)
+    expected = rf"engine.device={name}, but this machine shows no (CUDA|MPS) device; use engine.device=cpu"
+    with pytest.raises(ValueError, match=expected):
+        find_device(name)
+    assert find_device("auto").type == find_device("cpu").type == "cpu"

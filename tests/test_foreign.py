@@ -66,6 +66,26 @@ def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch, variable: 
 
 
 @pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "5"}, "RANK=5 of WORLD_SIZE=2: the launcher that sets them counts from 0"),
+        ({"RANK": "-1"}, "RANK=-1 of WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "-2"}, "RANK=0 of WORLD_SIZE=-2"),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK=2 of LOCAL_WORLD_SIZE=2"),
+        ({"LOCAL_RANK": "1", "LOCAL_SIZE": "1"}, "LOCAL_RANK=1 of LOCAL_SIZE=1"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 of WORLD_SIZE=2"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 of WORLD_SIZE=2"),
+    ],
+)
+def test_a_rank_that_cannot_be_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    start_as(monkeypatch, **SECOND_OF_TWO | variables)
+    with pytest.raises(ValueError, match=message):
+        taken_over(["stage=ppo"])
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["num_processes=2"], "engine=single is one process, but WORLD_SIZE=2: set engine=ddp or zero2"),

@@ -44,6 +44,7 @@ LAYERS = {
     "pass_sizes": 1,
     "zero": 2,
     "deepspeed_config": 1,
+    "deepspeed_keys": 1,
     "metrics": 2,
     "training": 2,
     "training_state": 2,

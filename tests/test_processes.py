@@ -21,7 +21,7 @@ from rlhf.checkpoint import StageFolder
 from rlhf.config import PROJECT_DIR, load_config
 from rlhf.processes import ADDRESS, ALONE, COUNT, RANK, Processes, _meet, by_main
 from stages.common import make_inputs
-from stages.launch import Place, place_of
+from stages.launch import Place, launch, place_of, start
 from tests.stage_runs import SMALL, Result, read_lines, run_stage, same_results
 
 BEFORE = {
@@ -311,6 +311,10 @@ def test_machines_that_disagree_are_found_at_the_start(tiny_run: Path, tmp_path:
             ["engine=ddp", "num_processes=2", "num_machines=2", "main_address=no.such.host.invalid"],
             "main_address=no.such.host.invalid leads to no address: give the IP address of machine 0",
         ),
+        (
+            ["engine=ddp", "num_processes=2", "main_address=no.such.host.invalid"],
+            "main_address=no.such.host.i",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(words: list[str], message: str) -> None:
@@ -335,6 +339,7 @@ def test_a_machine_finds_its_place_in_a_hostfile(tmp_path: Path, monkeypatch: py
 
     assert place("one slots=4  # the first\n\ntwo slots=2\n") == Place(6, 2, 4, "one")
     assert place("10.0.0.2 slots=1\none slots=2\n") == Place(3, 1, 0, "10.0.0.2")
+    assert place("\ufeffone slots=4\ntwo slots=2\n") == Place(6, 2, 4, "one"), "as some editors write it"
     with pytest.raises(ValueError, match=r"hosts:2: 'two'; host slots=<number of processes> is expected"):
         place("one slots=4\ntwo\n")
     with pytest.raises(ValueError, match=r"names this machine 0 times; it is known as 10.0.0.2, two"):
@@ -344,6 +349,37 @@ def test_a_machine_finds_its_place_in_a_hostfile(tmp_path: Path, monkeypatch: py
     path.unlink()
     with pytest.raises(ValueError, match=r"hostfile=.*hosts: no such file"):
         place_of(config)
+    path.write_bytes(b"\x7fELF\x02\xff\xfe\n")
+    with pytest.raises(
+        ValueError, match=r"hostfile=.*hosts cannot be read \(it is no text\): give a file of"
+    ):
+        place_of(config)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"hostfile=.*hosts cannot be read \(Is a directory\): give a file"):
+        place_of(config)
+
+
+def test_an_address_of_another_machine_is_named_where_there_is_one_alone() -> None:
+    # 192.0.2.0/24 is for documentation: no machine has it
+    with pytest.raises(ValueError, match=r"^main_address=192.0.2.1 is not an address of this machine"):
+        start([sys.executable, "-c", ""], Place(2, 2, 0, "192.0.2.1"), None)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_killed_process_promises_to_go_on_only_where_something_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: bool
+) -> None:
+    killed = tmp_path / "killed.py"
+    killed.write_text("import os\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.setattr("stages.launch.ENTRY_POINT", killed)
+    if saved:
+        (tmp_path / "n" / "ppo" / "state" / "step_3").mkdir(parents=True)
+    words = ["engine=ddp", "num_processes=2", f"runs={tmp_path}", "name=n"]
+    assert launch("ppo", words, load_config("ppo", words)) == 128 + signal.SIGKILL
+    said = capsys.readouterr().err
+    assert "of 2 was killed by signal 9; the others were ended too." in said
+    assert ("resume=true goes on from there" in said) == saved
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ import torch
 from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config
 from rlhf.deepspeed_config import deepspeed_settings
+from rlhf.deepspeed_keys import ZERO, Refused
 from rlhf.models.sharded import own_part
 from rlhf.processes import Processes
-from rlhf.zero import check_accepted
+from rlhf.zero import check_accepted, load_deepspeed
 from tests.stage_runs import first_of_two_says, read_lines, run_stage, run_until, same_results
 from tests.test_processes import close, copy_of, has_the_numbers_of, words_of
 
@@ -212,6 +213,22 @@ def read_own(path: Path, *words: str, stage: str = "ppo", **given: Any) -> Any:
     return deepspeed_settings(config.engine)
 
 
+def test_of_every_setting_of_zero_it_is_decided_whether_it_is_taken() -> None:
+    load_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    theirs = dict(DeepSpeedZeroConfig.model_fields)
+    assert ZERO.keys() == {field.alias or name for name, field in theirs.items()}
+    for key in ("offload_param", "offload_optimizer"):
+        (offload,) = (part for part in get_args(theirs[key].annotation) if part is not type(None))
+        assert ZERO[key].keys() == offload.model_fields.keys()
+    for name, field in theirs.items():
+        kind = ZERO[field.alias or name]
+        if isinstance(kind, Refused):
+            given = field.get_default(call_default_factory=True)
+            assert name == "leaf_module" or not kind.holds(given), name
+
+
 def test_a_users_own_configuration_is_laid_over_ours(tmp_path: Path) -> None:
     own: dict[str, Any] = {"zero_optimization": {"reduce_bucket_size": 1000}, "steps_per_print": 7}
     assert read_own(tmp_path / "mine.json", **own) == {
@@ -223,7 +240,12 @@ def test_a_users_own_configuration_is_laid_over_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["sft", "ppo", "evaluate"])
 def test_a_file_may_say_what_our_keys_say_or_leave_it_to_them(tmp_path: Path, stage: str) -> None:
     same = {
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": "auto",
+            "zero_quantized_weights": False,
+            "compute_grad_norm": True,
+        },
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": 4,
         "gradient_clipping": 1.0 if stage != "ppo" else "auto",
@@ -231,6 +253,7 @@ def test_a_file_may_say_what_our_keys_say_or_leave_it_to_them(tmp_path: Path, st
         "fp16": {"enabled": False, "loss_scale": 0},
         "bf16": {"enabled": True},
         "prescale_gradients": False,
+        "communication_data_type": "fp32",
         "amp": {"enabled": False},
     }
     words = ("engine.micro_batch_size=4", "engine.dtype=bfloat16")
@@ -266,6 +289,45 @@ def test_a_file_may_say_what_our_keys_say_or_leave_it_to_them(tmp_path: Path, st
         ),
         ({"steps_per_prnt": 1}, r"steps_per_prnt is no key of DeepSpeed's; did you mean steps_per_print\?"),
         ({"prescale_gradients": True}, r"prescale_gradients=true is not supported: leave it out"),
+        (
+            {"communication_data_type": "fp16"},
+            r'communication_data_type="fp16" contradicts the type in which',
+        ),
+        (
+            {"zero_optimization": {"zero_quantized_gradients": True}},
+            r"zero_optimization.zero_quantized_gradients=true is not supported \(it changes the results\)",
+        ),
+        (
+            {"zero_optimization": {"zero_hpz_partition_size": 2}},
+            r".*zero_hpz_partition_size=2 is not support",
+        ),
+        ({"zero_optimization": {"stge": 2}}, r"zero_optimization.stge is no key .*; did you mean stage\?"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": -5}},
+            r"zero_optimization.reduce_bucket_size=-5: a whole number above 0 is expected",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "5e8"}},
+            r'zero_optimization.reduce_bucket_size="5e8": a whole number above 0 is expected',
+        ),
+        ({"zero_optimization": {"overlap_comm": 1}}, r"zero_optimization.overlap_comm=1: true or false"),
+        ({"zero_optimization": {"allgather_bucket_size": 3}}, r".*allgather_bucket_size=3: an even whole"),
+        ({"fp16": True}, r"fp16 is no mapping: give it keys of its own, for instance enabled"),
+        ({"optimizer": {"params": {"lrr": 1}}}, r"optimizer.params.lrr is no key of .*; did you mean lr\?"),
+        ({"optimizer": {"params": {"amsgrad": True}}}, r"optimizer.params.amsgrad=true is not supported"),
+        ({"comms_logger": {"enabld": True}}, r"comms_logger.enabld is no key .*; did you mean enabled\?"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            r'zero_optimization.offload_param.device="cpu" has no effect under engine=zero2, .*zero3_offload',
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            r'zero_optimization.offload_optimizer.device="nvme": none or cpu \(nvme is not supported\)',
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "fast_init": True}}},
+            r"zero_optimization.offload_optimizer.fast_init=true is not supported \(it is for nvme",
+        ),
         ({"amp": {"enabled": True}}, r'amp=\{"enabled": true\} is not supported: leave it out'),
         ({"elasticity": {"enabled": True}}, r"elasticity=.* is not supported: leave it out"),
     ],
@@ -277,15 +339,19 @@ def test_what_a_file_may_not_say_is_refused(tmp_path: Path, given: dict[str, Any
 
 def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    offload: dict[str, Any] = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
+    offload: dict[str, Any] = {"zero_optimization": {"offload_optimizer": {"device": "none"}}}
     with pytest.raises(
         ValueError,
-        match=r'device="nvme" contradicts engine.deepspeed.zero_optimization.offload_optimizer.device="cpu"',
+        match=r'device="none" contradicts engine.deepspeed.zero_optimization.offload_optimizer.device="cpu"',
     ):
         read_own(path, "engine=zero2_offload", **offload)
     with pytest.raises(ValueError, match=r"needs DeepSpeed: set engine=zero1, zero2 or zero3"):
         read_own(path, "engine=single")
-    for text, message in (("{", r"mine.json cannot be read as JSON"), ("[]", r"mine.json is no JSON object")):
+    for text, message in (
+        ("{", r"mine.json cannot be read as JSON"),
+        ("[]", r"mine.json is no JSON object"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', r"mine.json: stage is given 2 times: leave it"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             load_config("ppo", ["engine=zero2", f"engine.deepspeed_config={path}"])
