@@ -23,11 +23,11 @@ from rlhf.sampling.policy import Policy
 def num_sampled(update: int, *, updates: int, delta: int, max_tokens: int) -> int:
     """How many tokens at the end of a reference are the policy's own in an update, counted from 1.
 
-    They grow by `delta` at a time, from `delta` in the first update to all `max_tokens` in the last of
+    They grow by `delta` at a time, or by several where `updates` are few, to all `max_tokens` in the last of
     `updates`, and stay all after it.
     """
     levels = -(-max_tokens // delta)
-    return delta * min(levels, 1 + (update - 1) * levels // updates)
+    return delta * min(levels, -(-update * levels // updates))
 
 
 class Mixer:

@@ -52,6 +52,7 @@ def test_the_sampled_part_grows_by_delta_to_everything() -> None:
     found = [num_sampled(update, updates=4, delta=2, max_tokens=8) for update in range(1, 7)]
     assert found == [2, 4, 6, 8, 8, 8]
     assert [num_sampled(u, updates=6, delta=3, max_tokens=8) for u in range(1, 8)] == [3, 3, 6, 6, 9, 9, 9]
+    assert [num_sampled(u, updates=2, delta=1, max_tokens=8) for u in (1, 2, 3)] == [4, 8, 8]
     assert [num_sampled(u, updates=1, delta=8, max_tokens=8) for u in (1, 2)] == [8, 8]
 
 
