@@ -361,9 +361,9 @@ def test_a_machine_finds_its_place_in_a_hostfile(tmp_path: Path, monkeypatch: py
 
 
 def test_an_address_of_another_machine_is_named_where_there_is_one_alone() -> None:
-    # 192.0.2.0/24 is for documentation: no machine has it
-    with pytest.raises(ValueError, match=r"^main_address=192.0.2.1 is not an address of this machine"):
-        start([sys.executable, "-c", ""], Place(2, 2, 0, "192.0.2.1"), None)
+    # 240.0.0.0/4 is reserved: no machine has an address in it
+    with pytest.raises(ValueError, match=r"^main_address=240.0.0.1 is not an address of this machine"):
+        start([sys.executable, "-c", ""], Place(2, 2, 0, "240.0.0.1"), None)
 
 
 @pytest.mark.parametrize("saved", [False, True])
