@@ -33,7 +33,7 @@ def test_the_bench_runs_and_writes_its_tables(tmp_path: Path) -> None:
         assert row["episodes_per_s"] * seconds == pytest.approx(8)
         assert 0 < row["flops"]["whole"] < found["products"]["limit"]
         assert 0.1 < row["peak_memory_gib"] < 4
-        assert "aten::mm" in row["operations"] and sum(row["operations"].values()) < 1
+        assert row["operations"] and 0 < sum(row["operations"].values()) < 1
     assert found["rollout"].keys() == {"zero2", "zero3"}
     assert all(0 < row["ready_in"] < row["seconds"] for row in found["rollout"].values())
     report = (tmp_path / "x" / "bench" / "bench.md").read_text()
