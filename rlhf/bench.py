@@ -14,14 +14,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.batches import Rollout, join, left_pad
@@ -51,16 +49,15 @@ from rlhf.models.loading import (
 from rlhf.models.roles import Roles, build_roles
 from rlhf.models.sharded import shard
 from rlhf.ppo import Learner
-from rlhf.ppo_run import build_reward
 from rlhf.processes import leave
+from rlhf.rewards import build_reward
 from rlhf.sampling.policy import ready_to_sample
 from rlhf.sampling.sampler import draw_uniforms, sample
+from rlhf.timing import PHASES, Clock, operations_of, seconds_of
 
 NEVER_ENDS = -1  # an EOS that no token is, so that every response has all its tokens
 PRODUCT = (1536, 576, 1536)
 NUM_PRODUCTS = 100
-NUM_OPERATIONS = 8
-PHASES = ("sample", "score", "experience", "learn")
 
 
 def products(spec: dict[str, Any]) -> dict[str, float]:
@@ -71,7 +68,7 @@ def products(spec: dict[str, Any]) -> dict[str, float]:
     for dtype in (torch.float32, engine.dtype):
         x = torch.randn(rows, inner, device=engine.device, dtype=dtype)
         weight = torch.randn(columns, inner, device=engine.device, dtype=dtype)
-        seconds = _seconds(engine, functools.partial(_multiply, x, weight))
+        seconds = seconds_of(engine, functools.partial(_multiply, x, weight))
         rates[str(dtype).removeprefix("torch.")] = 2 * rows * inner * columns * NUM_PRODUCTS / seconds
     return {**rates, "limit": rates[str(engine.dtype).removeprefix("torch.")]}
 
@@ -100,7 +97,7 @@ def sampler(spec: dict[str, Any]) -> dict[str, float]:
 
     functions = {"ours": ours, "generate": generate}
     num_tokens = len(prompts) * decoding.max_new_tokens
-    return {name: num_tokens / _seconds(engine, function) for name, function in functions.items()}
+    return {name: num_tokens / seconds_of(engine, function) for name, function in functions.items()}
 
 
 def shared_rollout(spec: dict[str, Any]) -> dict[str, float]:
@@ -116,7 +113,7 @@ def shared_rollout(spec: dict[str, Any]) -> dict[str, float]:
     uniforms = draw_uniforms(len(prompts), decoding.max_new_tokens, 0)
     found = []
     for _ in range(4):
-        clock = _Clock(engine)
+        clock = Clock(engine)
         engine.processes.all_of(None)
         with contextlib.ExitStack() as stack:
             ready = clock.run("score", stack.enter_context, ready_to_sample(model, engine))
@@ -157,7 +154,7 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
     learner = Learner(roles.actor_critic, engine, config)
     prompts = _prompts(spec, updates=spec["updates"])
     memory: list[float] = []
-    clock, tokens, started = _Clock(engine), 0, time.perf_counter()
+    clock, tokens, started = Clock(engine), 0, time.perf_counter()
     for step in range(1, spec["updates"] + 1):
         batch = prompts[(step - 1) * config.batch_size : step * config.batch_size]
         rollout = clock.run("sample", _rollout, roles, batch, spec, seed=step)
@@ -187,33 +184,8 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
         "dtype": str(engine.dtype).removeprefix("torch."),
         "memory_gib": memory,
         "peak_memory_gib": peak_memory(spec["engine"]["device"]) / 2**30,
-        "operations": _operations(engine, functools.partial(learner.update, experience, step=step)),
+        "operations": operations_of(engine, functools.partial(learner.update, experience, step=step)),
     }
-
-
-def _operations(engine: Engine, function: Callable[[], Any]) -> dict[str, float]:
-    """The shares of the seconds of `function` that its longest operations take, as the profiler sees them.
-
-    On a processor those of this thread's part of the work.
-    """
-    on_gpu = engine.device.type == "cuda"
-    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    with profile(activities=kinds) as profiler:
-        function()
-        _wait(engine)
-    return shares(profiler.key_averages(), on_gpu=on_gpu)
-
-
-def shares(events: Sequence[Any], *, on_gpu: bool) -> dict[str, float]:
-    """The shares of all seconds of the longest of a profiler's operations.
-
-    What one takes on the GPU stands beside it, and again under the names of its kernels, which do not count.
-    """
-    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    operations = [each for each in events if each.device_type == DeviceType.CPU]
-    seconds = {each.key: getattr(each, attribute) for each in operations}
-    longest = sorted(seconds, key=lambda name: -seconds[name])[:NUM_OPERATIONS]
-    return {name: seconds[name] / sum(seconds.values()) for name in longest}
 
 
 def passes(spec: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +203,7 @@ def passes(spec: dict[str, Any]) -> dict[str, Any]:
         scores = torch.randn(len(responses), device=engine.device)
         experience = build_experience(roles, rollout, scores, config=config, kl_coef=config.kl.coef)
         learner.minibatch(experience)
-        clock = _Clock(engine)
+        clock = Clock(engine)
         clock.run("learn", learner.minibatch, experience)
     except torch.OutOfMemoryError:
         return {"fits": False}
@@ -331,37 +303,6 @@ def _prompts(spec: dict[str, Any], *, updates: int = 1) -> list[list[int]]:
         generator=torch.Generator().manual_seed(0),
     )
     return usual[chosen].tolist()
-
-
-class _Clock:
-    """Seconds spent in each phase, the device's work included."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-
-    def run(self, phase: str, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-        _wait(self.engine)
-        started = time.perf_counter()
-        result = function(*arguments, **more)
-        _wait(self.engine)
-        self.seconds[phase] += time.perf_counter() - started
-        return result
-
-
-def _seconds(engine: Engine, function: Callable[[], Any]) -> float:
-    """The least seconds of three calls, after one that is not timed."""
-    times = []
-    for _ in range(4):
-        clock = _Clock(engine)
-        clock.run(PHASES[0], function)
-        times.append(clock.seconds[PHASES[0]])
-    return min(times[1:])
-
-
-def _wait(engine: Engine) -> None:
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize(engine.device)
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

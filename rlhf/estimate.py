@@ -165,9 +165,8 @@ def tokens_to_process(stage: str, config: Any) -> float | None:
         return None
     samples = config.samples_per_prompt if stage == "collect" else _samples_per_prompt(config.systems)
     passes = 2 * samples  # sampled, then scored
-    if (
-        stage == "evaluate"
-    ):  # by policy and oracle after own and gold tokens, then by the oracle for perplexity
+    if stage == "evaluate":
+        # by policy and oracle after own and gold tokens, then by the oracle for perplexity
         each = 5 * (config.oracle is not None) + 3 * len(config.prefix_lengths or ())
         passes += each * len(config.systems)
     return config.num_prompts * passes * (prompt + response)

@@ -41,20 +41,24 @@ def start_checks(experience: Experience, dtype: torch.dtype, eos_token_id: int) 
 
 
 def end_checks(first: dict[str, float], last: dict[str, float], dtype: torch.dtype) -> list[Check]:
-    """Of the metrics of the first and the last update: ratio 1 on the first minibatch, a score that rose."""
-    first = first or last
+    """Of the metrics of the first and the last update: ratio 1 on the first minibatch and, where the `first`
+    is known, a score that rose.
+    """
     ratio = abs(last["first_ratio"] - 1)
-    return [
+    found = [
         Check(
             "first minibatch has ratio 1",
             ratio < (1e-5 if dtype == torch.float32 else 0.02),
             f"off by {ratio:.1e}",
             "old log-probs must come from the weights that learn",
-        ),
-        Check(
+        )
+    ]
+    if first:
+        rose = Check(
             "score rose",
             last["score"] > first["score"],
             f"{first['score']:.2f} to {last['score']:.2f} at KL {last['kl']:.2f}",
             "more updates, a higher learning_rate or a lower kl.coef",
-        ),
-    ]
+        )
+        found.append(rose)
+    return found

@@ -19,7 +19,6 @@ from rlhf.batches import Experience, Rollout
 from rlhf.checkpoint import StageFolder
 from rlhf.checks import Check, all_passed, print_checks
 from rlhf.decoding import Decoding
-from rlhf.engine import Engine
 from rlhf.experience import (
     MissingEos,
     Passes,
@@ -42,7 +41,7 @@ from rlhf.ppo_checks import end_checks, start_checks
 from rlhf.pretraining_mix import PretrainingMix
 from rlhf.processes import by_main
 from rlhf.records import Demonstration, PromptRecord
-from rlhf.rewards import RewardModelScorer, build_scorer, score_samples
+from rlhf.rewards import score_samples
 from rlhf.sampling.policy import Policy
 from rlhf.text import TextCodec
 from rlhf.training_state import (
@@ -57,17 +56,6 @@ from rlhf.training_state import (
 NUM_SHOWN_SAMPLES = 4
 MEAN_DECAY = 0.9  # of REINFORCE's moving baseline, per update
 EVAL_SEED = 1_000_000_007  # beside the run's own seed, for the choice of held-out prompts
-
-
-def build_reward(config: Any, engine: Engine, roles: Roles, prompts: Sequence[PromptRecord] = ()) -> Any:
-    """The reward's scorer; a reward model whose trunk another role has too is not loaded again."""
-    spec = config.reward
-    if roles.reward is None or spec["kind"] != "model" or spec["path"] != config.critic:
-        return build_scorer("reward", spec, config, engine, prompts)
-    from rlhf.models.loading import load_codec
-
-    codec = load_codec(config.critic, config)
-    return RewardModelScorer(roles.reward, codec, engine, name=spec["path"], acting=roles.as_reward)
 
 
 def _split(
@@ -292,11 +280,11 @@ class PPORun:
 
     def checks(self) -> list[Check]:
         """What the run says about itself; the comparison on unseen prompts is stage=evaluate's."""
-        found = [*self.start_checks, *end_checks(self.first, self.last, self.engine.dtype)]
-        if not self.first:
-            found.pop()
-        if self.adversary is not None:  # a score that rose says nothing where its judge has changed
-            found[-1:] = self.adversary.checks()
+        # a score that rose says nothing where its judge has changed
+        first = self.first if self.adversary is None else {}
+        found = [*self.start_checks, *end_checks(first, self.last, self.engine.dtype)]
+        if self.adversary is not None:
+            found += self.adversary.checks()
         return found
 
     def write_samples(

@@ -17,6 +17,7 @@ from rlhf.batches import Rollout
 from rlhf.engine import Engine
 from rlhf.models.llama import join_weights
 from rlhf.models.loading import load_codec, load_options, load_reward_model, trunk
+from rlhf.models.roles import Roles
 from rlhf.models.sharded import shard
 from rlhf.records import Prompt, PromptRecord, make_sources, read_records
 from rlhf.reference_scorers import KINDS, ReferenceScorer
@@ -111,6 +112,15 @@ def _build(
             for i, part in parts
         ]
     )
+
+
+def build_reward(config: Any, engine: Engine, roles: Roles, prompts: Sequence[PromptRecord] = ()) -> Any:
+    """The reward's scorer; a reward model whose trunk another role has too is not loaded again."""
+    spec = config.reward
+    if roles.reward is None or spec["kind"] != "model" or spec["path"] != config.critic:
+        return build_scorer("reward", spec, config, engine, prompts)
+    codec = load_codec(config.critic, config)
+    return RewardModelScorer(roles.reward, codec, engine, name=spec["path"], acting=roles.as_reward)
 
 
 def checked_scores(scorer: Any, prompts: Sequence[Prompt], responses: Sequence[str]) -> torch.Tensor:

@@ -26,6 +26,12 @@ from stages.common import without_run_mode
 from stages.launch import place_of
 
 OWN_KEYS = tuple(ComparisonConfig.__dataclass_fields__)
+# Keys of the stages that it sets, and what to give instead.
+INSTEAD = {
+    "seed": "give seeds='[1, 2]'",
+    "systems": "give methods.<name>= and decodings=",
+    "baseline": "it is sft",
+}
 METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 GIVEN = ("name", "runs", "seed", "policy", "overwrite", "resume")  # what the comparison sets, or all have
 Words = dict[str, list[str]]
@@ -52,13 +58,14 @@ def plan(overrides: list[str]) -> tuple[Path, list[list[Step]]]:
 
     Raises ValueError, naming the step, for what one of them refuses.
     """
+    for word in overrides:
+        key = word.partition("=")[0].split(".")[-1]
+        if key in INSTEAD:
+            raise ValueError(f"{word}: the comparison says that itself; {INSTEAD[key]}")
     own = [word for word in overrides if word.partition("=")[0].partition(".")[0] in OWN_KEYS]
     comparison = load_config("exposure", own)
     words = split_overrides([word for word in overrides if word not in own])
     seeds = comparison.seeds
-    for word in words["sft"]:
-        if word.startswith("seed="):
-            raise ValueError(f"{word}: give seeds='[{word.removeprefix('seed=')}]'")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds}: give at least one, and each once")
     _check_methods(comparison)

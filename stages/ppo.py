@@ -12,7 +12,8 @@ from rlhf.exposure.discriminator import USE, Discriminator
 from rlhf.models.adapters import uses_lora
 from rlhf.models.loading import load_codec, num_parameters
 from rlhf.models.roles import build_roles
-from rlhf.ppo_run import PPORun, build_reward
+from rlhf.ppo_run import PPORun
+from rlhf.rewards import build_reward
 from rlhf.training import full_precision, model_card, write_model
 from stages.common import Stage, resolved
 

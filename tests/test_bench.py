@@ -151,7 +151,7 @@ def test_unknown_keys_of_the_bench_are_named() -> None:
 def test_what_a_gpu_computes_counts_once() -> None:
     from torch.autograd import DeviceType
 
-    from rlhf.bench import shares
+    from rlhf.timing import shares
 
     def event(key: str, kind: DeviceType, seconds: float) -> Any:
         return SimpleNamespace(

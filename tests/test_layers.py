@@ -58,6 +58,7 @@ LAYERS = {
     "ppo_checks": 3,
     "collect": 3,
     "bench": 3,
+    "timing": 2,
     "rewards": 3,
     "exposure": 3,
     "evaluation": 3,

@@ -24,9 +24,9 @@ from rlhf.experience import MissingEos, build_experience, experience_metrics, fi
 from rlhf.models.roles import Roles, build_roles
 from rlhf.numerics.kl import AdaptiveKL
 from rlhf.ppo import Learner
-from rlhf.ppo_run import PPORun, build_reward
+from rlhf.ppo_run import PPORun
 from rlhf.records import PromptRecord
-from rlhf.rewards import RewardModelScorer
+from rlhf.rewards import RewardModelScorer, build_reward
 from rlhf.sampling.sampler import draw_uniforms, sample
 from rlhf.text import TextCodec
 from tests.models.families import BOS, EOS, PAD, word_tokenizer, write_family

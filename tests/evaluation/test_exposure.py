@@ -203,12 +203,12 @@ def test_prompts_without_reference_and_prefixes_as_long_as_responses_are_left_ou
 def test_evidence_survives_the_disk(policy: Policy, oracle: Policy, tmp_path: Path) -> None:
     evidence = measure(SYSTEM, policy, generations(policy), RECORDS, instruments(oracle))
     nothing = Evidence(None, None, None, None, [])
-    options = {"reference": "x", "num_bootstrap": 50, "seed": 0}
+    options: dict[str, Any] = {"reference": "x", "num_bootstrap": 50, "seed": 0}
     for each in (evidence, nothing):
         save_evidence(tmp_path / "s.exposure.json", each)
         again = load_evidence(tmp_path / "s.exposure.json")
         entries = [
-            summarise(Scored(SYSTEM, generations(policy), None, None, None, one), **options)  # type: ignore[arg-type]
+            summarise(Scored(SYSTEM, generations(policy), None, None, None, one), **options)
             for one in (each, again)
         ]
         assert entries[0] == entries[1]

@@ -112,12 +112,14 @@ def test_the_reference_does_not_care_what_shares_its_batch(policy: Policy) -> No
 def test_best_of_n_takes_what_the_proxy_likes_best(policy: Policy) -> None:
     seen: list[tuple[str, str]] = []
 
-    def longest(prompts: list[str], responses: list[str]) -> list[float]:
-        seen.extend(zip(prompts, responses, strict=True))
-        return [float(len(response)) for response in responses]
+    class Longest:
+        name = "longest"
 
-    longest.name = "longest"  # type: ignore[attr-defined]
-    chosen = sampled(policy, best_of=4, proxy=longest)
+        def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
+            seen.extend(zip(prompts, responses, strict=True))
+            return [float(len(response)) for response in responses]
+
+    chosen = sampled(policy, best_of=4, proxy=Longest())
     assert [g.prompt for g in chosen] == [record.prompt for record in PROMPTS]
     for generation in chosen:
         responses = [response for prompt, response in seen if prompt == generation.prompt]

@@ -16,7 +16,7 @@ from rlhf.ppo import Learner
 from rlhf.ppo_run import PPORun
 from rlhf.records import Demonstration, PromptRecord
 from rlhf.text import TextCodec
-from tests.models.families import EOS, word_tokenizer, write_family
+from tests.models.families import EOS, word_tokenizer
 from tests.stage_runs import read_lines, scorer_of
 from tests.test_ppo import experience_of, roles_of, settings, weights
 
@@ -36,12 +36,9 @@ SPEC: dict[str, Any] = {
 WITHOUT_REPLAY = {"replay": 0.0, "pretrain_updates": 1}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("families")
-    for family in ("llama", "gpt2"):
-        write_family(path, family)
-    return path
+@pytest.fixture
+def folder(families: Path) -> Path:
+    return families
 
 
 def adversarial(folder: Path, *, reward: dict[str, Any] | None = None, **more: Any) -> Any:

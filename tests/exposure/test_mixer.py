@@ -16,7 +16,7 @@ from rlhf.ppo_run import PPORun
 from rlhf.records import PromptRecord
 from rlhf.sampling.policy import Policy
 from rlhf.text import TextCodec
-from tests.models.families import EOS, word_tokenizer, write_family
+from tests.models.families import EOS, word_tokenizer
 from tests.test_ppo import roles_of, run_of, settings
 
 LONGEST = 8
@@ -28,11 +28,9 @@ RECORDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("families")
-    write_family(path, "llama")
-    return path
+@pytest.fixture
+def folder(families: Path) -> Path:
+    return families
 
 
 def config_of(folder: Path, **mixer: Any) -> Any:

@@ -20,8 +20,7 @@ from rlhf.models.loading import LoadOptions, load_causal_lm, load_reward_model, 
 from rlhf.models.roles import ActorCritic, Roles, build_roles
 from rlhf.parents import adapter_of
 from rlhf.ppo import Learner
-from rlhf.ppo_run import build_reward
-from rlhf.rewards import RewardModelScorer
+from rlhf.rewards import RewardModelScorer, build_reward
 from rlhf.text import TextCodec
 from tests.models.families import BOS, EOS, FAMILIES, PAD, attention_of, word_tokenizer, write_family
 
