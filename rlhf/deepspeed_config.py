@@ -92,7 +92,7 @@ def _check_keys(where: str, given: dict[str, Any], known: dict[str, Any]) -> Non
                 f"{where}{key} is no key of DeepSpeed's; {hint(key, sorted(known))}".rstrip("; ")
             )
         kind = known[key]
-        if value == AUTO:
+        if value == AUTO and not isinstance(kind, dict):
             continue
         if isinstance(kind, dict) and isinstance(value, dict):
             _check_keys(f"{where}{key}.", value, kind)

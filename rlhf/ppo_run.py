@@ -282,6 +282,8 @@ class PPORun:
         """What the run says about itself; the comparison on unseen prompts is stage=evaluate's."""
         # a score that rose says nothing where its judge has changed
         first = self.first if self.adversary is None else {}
+        if self.mixer is not None and first == self.last:  # nothing was all sampled before
+            first = {}
         found = [*self.start_checks, *end_checks(first, self.last, self.engine.dtype)]
         if self.adversary is not None:
             found += self.adversary.checks()

@@ -38,12 +38,13 @@ class ReferenceScorer:
         self._references = {key: list(texts) for key, texts in found.items()}
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        return [
-            self.scale * self._score(self._references[prompt_key(prompt)], response)
-            if response.strip()
-            else 0.0
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        pairs = zip(prompts, responses, strict=True)
+        return [self.scale * self._nearest(prompt, response) for prompt, response in pairs]
+
+    def _nearest(self, prompt: Prompt, response: str) -> float:
+        if not response.strip():
+            return 0.0
+        return max(self._score(reference, response) for reference in self._references[prompt_key(prompt)])
 
 
 def check_references(what: str, records: Sequence[PromptRecord]) -> None:
@@ -65,7 +66,7 @@ def tokenize(text: str) -> list[str]:
     return TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
 
 
-Score = Callable[[list[str], str], float]
+Score = Callable[[str, str], float]  # of a reference and a response
 
 
 def _rouge(*types: str) -> Callable[[], Score]:
@@ -79,8 +80,8 @@ def _rouge(*types: str) -> Callable[[], Score]:
 
         scorer = RougeScorer(list(types), tokenizer=Words())
 
-        def score(references: list[str], response: str) -> float:
-            found = scorer.score_multi(references, response)
+        def score(reference: str, response: str) -> float:
+            found = scorer.score(reference, response)
             return math.fsum(each.fmeasure for each in found.values()) / len(types)
 
         return score
@@ -89,15 +90,15 @@ def _rouge(*types: str) -> Callable[[], Score]:
 
 
 def _bleu() -> Score:
-    """BLEU of sentences, by sacrebleu; its tokenizer follows from the script of the references."""
+    """BLEU of sentences, by sacrebleu; its tokenizer follows from the script of the reference."""
     from sacrebleu.metrics import BLEU
 
     tokenizers = {f"[{KANA}]": "char", f"[{HAN}]": "zh", "": "13a"}
     scorers = {script: BLEU(effective_order=True, tokenize=name) for script, name in tokenizers.items()}
 
-    def score(references: list[str], response: str) -> float:
-        script = next(each for each in scorers if re.search(each, "".join(references)))
-        return min(1.0, scorers[script].sentence_score(response, references).score / 100)
+    def score(reference: str, response: str) -> float:
+        script = next(each for each in scorers if re.search(each, reference))
+        return min(1.0, scorers[script].sentence_score(response, [reference]).score / 100)
 
     return score
 

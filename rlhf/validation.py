@@ -115,6 +115,7 @@ def check_config(config: StageConfig) -> None:
     if isinstance(config, PPOConfig):
         _check_reward(config)
         _check_ppo(config)
+        _check_mixer(config)
     if isinstance(config, EvaluateConfig):
         refuse_elsewhere("reward", config.reward)
         for key, spec in (("proxy", config.proxy), ("gold", config.gold)):
@@ -191,6 +192,27 @@ def _check_reward(config: PPOConfig) -> None:
         check_scorer("reward", config.reward)
 
 
+def _check_mixer(config: PPOConfig) -> None:
+    updates = config.mixer.updates
+    if updates is None:
+        return
+    if config.algo == "ppo":
+        raise ValueError(
+            f"mixer.updates={updates} with algo=ppo: MIXER mixes cross-entropy with a policy "
+            "gradient of whole responses; give algo=reinforce or algo=rloo"
+        )
+    if updates > config.updates:
+        raise ValueError(
+            f"mixer.updates={updates} of updates={config.updates}: responses would never be all "
+            "the policy's own; give fewer, or more updates"
+        )
+    if config.temperature != 1:
+        raise ValueError(
+            f"temperature={config.temperature} with mixer.updates={updates}: cross-entropy is "
+            "that of the model's own distribution; set temperature=1.0"
+        )
+
+
 def _check_ppo(config: PPOConfig) -> None:
     if config.critic_trunk == "policy" and config.engine.deepspeed is not None:
         raise ValueError(
@@ -211,16 +233,6 @@ def _check_ppo(config: PPOConfig) -> None:
         raise ValueError(
             f"batch_size={config.batch_size} is no multiple of "
             f"rollouts_per_prompt={config.rollouts_per_prompt}"
-        )
-    if config.mixer.updates and config.algo == "ppo":
-        raise ValueError(
-            f"mixer.updates={config.mixer.updates} with algo=ppo: MIXER mixes cross-entropy with a policy "
-            "gradient of whole responses; give algo=reinforce or algo=rloo"
-        )
-    if config.mixer.updates and config.temperature != 1:
-        raise ValueError(
-            f"temperature={config.temperature} with mixer.updates={config.mixer.updates}: cross-entropy is "
-            "that of the model's own distribution; set temperature=1.0"
         )
     if config.whiten_rewards and config.algo != "ppo":
         raise ValueError(

@@ -30,6 +30,7 @@ from rlhf.evaluation.systems import (
 from rlhf.metrics import progress
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters, same_tokenizer
 from rlhf.parents import Parent, find_parent, lineage, model_paths
+from rlhf.processes import by_main
 from rlhf.records import PromptRecord
 from rlhf.reference_scorers import ReferenceScorer
 from rlhf.rewards import build_scorer, checked_scores
@@ -262,18 +263,30 @@ def measure_all(
     if oracle is None and not instruments.prefix_lengths:
         return list(scored)
     bar = progress(len(scored), unit="system", description="exposure bias")
-    for each in scored:
-        system, path = each.system, stage.folder.path / "state" / f"{each.system.name}.exposure.json"
-        if not path.exists():
+    paths = [stage.folder.path / "state" / f"{each.system.name}.exposure.json" for each in scored]
+    due = missing(paths)
+    gold_kl: dict[str, Any] = {}  # of a policy, whatever its decoding
+    for each, path in zip(scored, paths, strict=True):
+        system = each.system
+        if path in due:
             fits = oracle is not None and same_tokenizer(
                 system.path, oracle.codec.tokenizer.name_or_path, stage.config.model
             )
             own = instruments if fits else replace(instruments, oracle=None)
-            save_evidence(path, measure(system, policies(system.path), each.generations, prompts, own))
-        found.append(replace(each, evidence=load_evidence(path)))
+            policy, known = policies(system.path), gold_kl.get(system.path)
+            save_evidence(path, measure(system, policy, each.generations, prompts, own, gold_kl=known))
+        evidence = load_evidence(path)
+        gold_kl[system.path] = evidence.gold_kl
+        found.append(replace(each, evidence=evidence))
         bar.update()
     bar.close()
     return found
+
+
+@by_main  # asked together, before any process writes one
+def missing(paths: Sequence[Path]) -> list[Path]:
+    """Those that do not exist."""
+    return [path for path in paths if not path.exists()]
 
 
 def load_policy(path: str, config: Any, engine: Any, *, key: str = "systems") -> Policy:

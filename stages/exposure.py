@@ -19,6 +19,7 @@ from typing import Any
 from rlhf.config import decoding_changes, load_config, split_overrides
 from rlhf.discriminator_settings import KIND
 from rlhf.hints import hint
+from rlhf.parents import replaced_parent
 from rlhf.settings import ComparisonConfig
 from stages import COMMAND_VARIABLE
 from stages.all import ENTRY_POINT, check_unchanged, run_child, stage_folder
@@ -158,7 +159,7 @@ def _step(label: str, stage: str, words: list[str]) -> Step:
 
 
 def _marked(steps: Sequence[Step]) -> list[Step]:
-    """The steps, each marked finished or not; one that stands on another that is not is run again.
+    """The steps, each marked finished or not; one that stands on what is, or has been, replaced is run again.
 
     Raises ValueError for a finished one where neither resume nor overwrite is set, and for one whose settings
     have changed.
@@ -167,15 +168,20 @@ def _marked(steps: Sequence[Step]) -> list[Step]:
     for step in steps:
         due = [each for each in marked if not each.finished]
         below = due if step.stage == "evaluate" else [each for each in due if each.label == each.stage]
-        if step.config.overwrite or not (step.folder / "stage.json").exists():
+        again = replace(step, words=[*without_run_mode(step.words), "overwrite=true"])
+        place = step.folder / "stage.json"
+        record = json.loads(place.read_text(encoding="utf-8")) if place.exists() else None
+        if step.config.overwrite or not step.folder.exists():
             marked.append(step)
-        elif not step.config.resume:
+        elif record is not None and not step.config.resume:
             raise ValueError(
                 f"{step.folder} is finished: resume=true keeps it, overwrite=true replaces it, "
                 "name=... starts another run"
             )
-        elif below and step.stage != "sft":
-            marked.append(replace(step, words=[*without_run_mode(step.words), "overwrite=true"]))
+        elif (below and step.stage != "sft") or (record is not None and replaced_parent(record)):
+            marked.append(again)
+        elif record is None:
+            marked.append(step)
         else:
             check_unchanged(step.config, step.folder)
             marked.append(replace(step, finished=True))

@@ -40,7 +40,7 @@ def main(overrides: list[str]) -> None:
         if config.critic is not None and config.algo == "ppo" and config.critic_trunk == "own":
             print(f"critic: from the policy, as {config.critic} has another tokenizer", flush=True)
     if is_adversarial(config):
-        reward = Discriminator(config, codec, roles, demonstrations)
+        reward = Discriminator(config, codec, roles, demonstrations, prompts)
     else:
         reward = build_reward(config, engine, roles, prompts)
     mixed_in = demonstrations if config.ptx_coef else ()

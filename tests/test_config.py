@@ -315,6 +315,11 @@ MISTAKES = [
         ["algo=reinforce", "mixer.updates=5", "temperature=0.7"],
         "temperature=0.7 with mixer.updates=5: cross-entropy is that of the model's own distribution",
     ),
+    (
+        "ppo",
+        ["algo=reinforce", "updates=4", "mixer.updates=5"],
+        "mixer.updates=5 of updates=4: responses would never be all the policy's own",
+    ),
     ("ppo", ["mixer.delta=0"], "mixer.delta=0: a number that is at least 1 is expected"),
     ("ppo", ["reward=rouge_l", "reward.scale=0"], "reward.scale=0: a number above 0 is expected"),
     ("ppo", ["reward=bleu", "reward.scale=ten"], "reward.scale='ten': a number above 0 is expected"),

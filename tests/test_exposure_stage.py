@@ -1,5 +1,6 @@
 """stage=exposure: which stages it runs with which words, what it leaves alone, and what it refuses."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,26 @@ def test_what_is_finished_is_left_alone_and_what_stands_on_new_parts_runs_again(
     new = {"rloo", "evaluate", "rm"}
     for label, step in zip(labels, again, strict=True):
         assert (step.words[-1] == "overwrite=true") == (label not in new), label
+
+    (tmp_path / "x" / "rloo" / "ppo" / "state").mkdir(parents=True)  # begun, on the old reward model
+    steps = steps_of(tmp_path, "resume=true", "rm.overwrite=true", "rm.resume=false")
+    assert [step.words[-1] for step in steps if step.label == "methods.rloo"] == ["overwrite=true"]
+    [rloo] = [step for step in steps_of(tmp_path, "resume=true") if step.label == "methods.rloo"]
+    assert not rloo.finished and rloo.words[-1] != "overwrite=true", "it goes on"
+
+
+def test_what_stood_on_a_model_that_was_replaced_since_runs_again(tmp_path: Path) -> None:
+    for step in steps_of(tmp_path):
+        finish(step)
+    model = tmp_path / "x" / "sft" / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}", encoding="utf-8")
+    parent = {"key": "policy", "path": str(model), "sha256": "of another"}
+    record = tmp_path / "x" / "rloo" / "ppo" / "stage.json"
+    record.write_text(json.dumps({"parents": [parent]}), encoding="utf-8")
+    due = [step for step in steps_of(tmp_path, "resume=true") if not step.finished]
+    assert [step.label for step in due] == ["methods.rloo", "evaluate"]
+    assert [step.words[-1] for step in due] == ["overwrite=true"] * 2
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,9 @@ def test_of_several_references_the_nearest_counts(kind: str) -> None:
     both = score(kind, "a dog ran far away", REFERENCE, "a dog ran far away")
     assert both == pytest.approx(1, abs=1e-9)
     assert both == score(kind, "a dog ran far away", "a dog ran far away", REFERENCE)
+    halves = "the cat sat", "ran far away"
+    alone = [score(kind, "the cat sat ran far away", half) for half in halves]
+    assert score(kind, "the cat sat ran far away", *halves) == max(alone), "not of both together"
 
 
 def test_a_prompt_is_the_same_as_text_and_as_a_users_turn() -> None:

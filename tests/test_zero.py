@@ -272,6 +272,8 @@ def test_a_file_may_say_what_our_keys_say_or_leave_it_to_them(tmp_path: Path, st
         ({"train_batch_size": 7}, r"train_batch_size=7 contradicts batch_size=\d+"),
         ({"optimizer": {"params": {"lr": 3.0}}}, r"optimizer.params.lr=3.0 contradicts learning_rate=\d"),
         ({"scheduler": {"type": "WarmupLR"}}, r'scheduler.type="WarmupLR" contradicts warmup_updates=\d'),
+        ({"zero_optimization": "auto"}, r"zero_optimization is no mapping: give it keys of its own"),
+        ({"zero_optimization": {"offload_param": "auto"}}, r"zero_optimization.offload_param is no mapping"),
         ({"bf16": {"enabled": True}}, r"bf16.enabled=true contradicts engine.dtype=auto"),
         ({"fp16": {"enabled": True}}, r"fp16.enabled=true contradicts engine.dtype=auto"),
         (

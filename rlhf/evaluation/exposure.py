@@ -82,14 +82,17 @@ class Evidence:
     prefixes: list[PrefixQuality]
 
 
-def measure(
+def measure(  # noqa: PLR0913 (a system with its policy, what it said to which prompts, what to measure by)
     system: System,
     policy: Policy,
     generations: Sequence[Generation],
     records: Sequence[PromptRecord],
     instruments: Instruments,
+    *,
+    gold_kl: list[list[float]] | None = None,
 ) -> Evidence:
-    """Measure a system's responses, generation i being that to record i.
+    """Measure a system's responses, generation i being that to record i; `gold_kl`, where it is known from
+    another decoding of the same policy.
 
     Contexts of the own kind are the responses as the system decoded them; the distributions after them are
     the model's own at temperature 1, whatever the decoding. A best of n and beams do not go on from a prefix
@@ -103,14 +106,17 @@ def measure(
         if record.reference is not None
     ]
     goes_on = system.best_of == 1 and system.decoding.num_beams == 1
-    lengths = instruments.prefix_lengths if goes_on else ()
+    judges = oracle is not None or instruments.scorer is not None
+    lengths = instruments.prefix_lengths if goes_on and judges else ()
     found = [prefix_quality(length, system, policy, rows, instruments) for length in lengths]
     prefixes = [each for each in found if each is not None]
     if oracle is None:
         return Evidence(None, None, None, None, prefixes)
     logprobs = token_logprobs(oracle, contexts, [g.tokens for g in generations])
     before, own, gold = ([row[i] for row in rows] for i in (1, 2, 3))
-    own_kl, gold_kl = (divergences(oracle, policy, before, tokens) for tokens in (own, gold))
+    own_kl = divergences(oracle, policy, before, own)
+    if gold_kl is None:
+        gold_kl = divergences(oracle, policy, before, gold)
     return Evidence(own_kl, gold_kl, logprobs, mauve(oracle, before, gold, own), prefixes)
 
 

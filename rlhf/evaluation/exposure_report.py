@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.evaluation.compare import common_length
 from rlhf.evaluation.plots import plot_diversity, plot_excess_error
 from rlhf.evaluation.report import (
     COLUMNS,
@@ -27,7 +28,8 @@ INTERVALS = (("mean", "low", "high"), ("win_rate", "low", "high"), ("kl", "kl_lo
 def combined(values: Sequence[Any]) -> Any:
     """The mean of reports of the same form over seeds; intervals become the lowest and the highest seed.
 
-    Of lists the length is that of the shortest; what is missing in one is missing.
+    Entries of a list that have a `length` are those of the lengths that all have, others are joined by their
+    places in the shortest; what is missing in one is missing.
     """
     first = values[0]
     if len(values) == 1 or any(value is None for value in values):
@@ -39,6 +41,10 @@ def combined(values: Sequence[Any]) -> Any:
                 found |= {low: min(v[mean] for v in values), high: max(v[mean] for v in values)}
         return found
     if isinstance(first, list):
+        if all(isinstance(each, dict) and "length" in each for value in values for each in value):
+            by_length = [{each["length"]: each for each in value} for value in values]
+            shared = [length for length in by_length[0] if all(length in found for found in by_length)]
+            values = [[found[length] for length in shared] for found in by_length]
         return [combined(each) for each in zip(*values, strict=False)]
     if isinstance(first, int | float) and any(value != first for value in values):
         return sum(values) / len(values)
@@ -68,13 +74,13 @@ def differences_table(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def failed_checks(folders: Sequence[Path]) -> list[str]:
-    """A line for every check that a stage failed."""
+def failed_checks(folders: Sequence[Path], run: Path) -> list[str]:
+    """A line for every check that a stage in a folder below `run` failed."""
     lines = []
     for folder in folders:
         record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
         lines += [
-            f"{folder.parent.name}/{folder.name}: {check['name']}: {check['value']} ({check['meaning']})"
+            f"{folder.relative_to(run)}: {check['name']}: {check['value']} ({check['meaning']})"
             for check in record["checks"]
             if not check["passed"]
         ]
@@ -89,7 +95,12 @@ def write_comparison(
     """
     reports = [json.loads((path / "report.json").read_text(encoding="utf-8")) for path in seeds.values()]
     report = combined(reports)
-    report |= {"seeds": list(seeds), "failed_checks": failed_checks(trained), "command": command}
+    report["excess_error_length"] = common_length(list(report["systems"].values()))
+    report |= {
+        "seeds": list(seeds),
+        "failed_checks": failed_checks(trained, folder.parent),
+        "command": command,
+    }
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     names = [plot_diversity(report, plots / "diversity.png")]

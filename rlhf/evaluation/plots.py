@@ -46,7 +46,7 @@ def plot_training(rows: Sequence[dict[str, float]], path: Path) -> str:
 
 
 def plot_excess_error(report: dict[str, Any], path: Path) -> str:
-    """Excess accumulated error of every system over the length, with 95% bands."""
+    """Excess accumulated error of every system over the length, with its bands."""
     figure, axis = _pyplot().subplots(figsize=(6, 3.6))
     for name, entry in report["systems"].items():
         errors = entry["exposure"]["excess_error"]
@@ -57,7 +57,7 @@ def plot_excess_error(report: dict[str, Any], path: Path) -> str:
             axis.fill_between(lengths, *ends, color=line.get_color(), alpha=0.15)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xlabel("length, tokens")
-    axis.set_title("excess accumulated error, %, 95% interval")
+    axis.set_title(f"excess accumulated error, %, {_bands(report)}")
     axis.legend()
     axis.grid(alpha=0.3)
     return _saved(figure, path)
@@ -72,10 +72,15 @@ def plot_diversity(report: dict[str, Any], path: Path) -> str:
         sides = [[[e["mean"] - e["low"]], [e["high"] - e["mean"]]] for e in (x, y)]
         axis.errorbar(x["mean"], y["mean"], xerr=sides[0], yerr=sides[1], fmt="o", capsize=3, label=name)
     axis.set_xlabel("diversity")
-    axis.set_title(f"{judge} score against diversity, 95% intervals")
+    axis.set_title(f"{judge} score against diversity, {_bands(report)}")
     axis.legend()
     axis.grid(alpha=0.3)
     return _saved(figure, path)
+
+
+def _bands(report: dict[str, Any]) -> str:
+    """What the intervals of a report are."""
+    return "lowest and highest seed" if len(report.get("seeds", ())) > 1 else "95% interval"
 
 
 def _saved(figure: Any, path: Path) -> str:

@@ -31,7 +31,7 @@ from rlhf.models.roles import DISCRIMINATOR, Roles, build_discriminator
 from rlhf.models.sharded import root_of, unsharded
 from rlhf.ppo import ADAM_EPSILON, check_finite
 from rlhf.processes import by_main
-from rlhf.records import Demonstration, Prompt
+from rlhf.records import Demonstration, Prompt, PromptRecord
 from rlhf.rm import prepare_for_saving, right_pad, score_rows
 from rlhf.sampling.policy import Policy
 from rlhf.text import TextCodec
@@ -78,19 +78,30 @@ class Discriminator:
     name = KIND
 
     def __init__(
-        self, config: Any, codec: TextCodec, roles: Roles, demonstrations: Sequence[Demonstration]
+        self,
+        config: Any,
+        codec: TextCodec,
+        roles: Roles,
+        demonstrations: Sequence[Demonstration],
+        prompts: Sequence[PromptRecord] = (),
     ) -> None:
+        """Real texts are the demonstrations and the references of `prompts`, where they have one."""
         self.config, self.codec, self.engine = config, codec, roles.engine
         self.settings = settings_in(config.reward)
         self.policy = roles.actor_critic.policy
         self.model, self.trained, self.acting = build_discriminator(self.policy, config, self.engine)
         longest = config.data.max_response_tokens
+        known = [Demonstration(each.prompt, each.reference) for each in prompts if each.reference]
+        demonstrations = [*demonstrations, *known]
         responses = [each.response for each in demonstrations]
         self.form = SameForm(codec, responses, max_response_tokens=longest)
         self.prompts = [each.prompt for each in demonstrations]
         self.references = [
             (codec.encode_prompt(each.prompt), self.form.reference(each.response)) for each in demonstrations
         ]
+        self.places: dict[tuple[int, ...], list[int]] = {}
+        for place, (prompt, _) in enumerate(self.references):
+            self.places.setdefault(tuple(prompt), []).append(place)
         self.weights = nn.ParameterList(self.trained)
         self.optimizer = self.engine.adamw(
             [[{"params": self.trained, "lr": self.settings.learning_rate, "weight_decay": 0.0}]],
@@ -115,8 +126,8 @@ class Discriminator:
         places: dict[tuple[int, ...], int] = {}
         numbers = [places.setdefault(tuple(prompt), len(places)) for prompt, _ in samples]
         draw = self.draw(SCORING, self.num_updates)
-        chosen, cuts = self.choose(len(places), draw), draw.random(len(places)).tolist()
-        pairs = [(self.references[chosen[n]], text) for n, text in zip(numbers, samples, strict=True)]
+        beside, cuts = self.beside([list(each) for each in places], draw), draw.random(len(places)).tolist()
+        pairs = [(beside[n], text) for n, text in zip(numbers, samples, strict=True)]
         logits = self.scores(self.rows(pairs, [cuts[n] for n in numbers])[1::2])
         lacking = [max(0.0, 1 - len(sample) / max(1, len(one))) for (_, one), (_, sample) in pairs]
         return (logits + torch.tensor(lacking) * logits.min().clamp(max=0)).tolist()
@@ -151,8 +162,9 @@ class Discriminator:
             num_old = min(int(self.settings.replay * size), len(self.replay))
             old = [self.replay[i] for i in draw.permutation(len(self.replay))[:num_old]]
             new = [fresh[i] for i in self.choose(size - num_old, draw, among=len(fresh))]
-            references = [self.references[i] for i in self.choose(size, draw)]
-            self.learn_from(list(zip(references, old + new, strict=True)), draw, step=step)
+            texts = old + new
+            references = self.beside([prompt for prompt, _ in texts], draw)
+            self.learn_from(list(zip(references, texts, strict=True)), draw, step=step)
         self.remember(fresh, self.settings.pretrain_updates + step)
         self.num_updates = step
         self.watch(metrics["discriminator_accuracy"])
@@ -160,7 +172,7 @@ class Discriminator:
 
     def judge(self, samples: Sequence[Text], draw: np.random.Generator) -> dict[str, float]:
         """Loss and accuracy on samples and as many references."""
-        references = [self.references[i] for i in self.choose(len(samples), draw)]
+        references = self.beside([prompt for prompt, _ in samples], draw)
         pairs = list(zip(references, samples, strict=True))
         scores = self.scores(self.rows(pairs, draw.random(len(pairs)).tolist()))
         loss, accuracy = (verdict(scores, _alternating(len(scores))) / len(scores)).tolist()
@@ -216,6 +228,16 @@ class Discriminator:
     def draw(self, *purpose: int) -> np.random.Generator:
         """Random numbers that follow from the run's seed and what they are for."""
         return np.random.default_rng((self.config.seed, *purpose))
+
+    def beside(self, prompts: Sequence[list[int]], draw: np.random.Generator) -> list[Text]:
+        """A reference for each prompt: one of its own, where there is one, so that no prompt tells whose text
+        it is; else any.
+        """
+        found = []
+        for prompt, place in zip(prompts, self.choose(len(prompts), draw), strict=True):
+            own = self.places.get(tuple(prompt), [place])
+            found.append(self.references[own[place % len(own)]])
+        return found
 
     def choose(self, count: int, draw: np.random.Generator, *, among: int | None = None) -> list[int]:
         """Places of so many references, or of `among` others, none twice before all were there."""

@@ -37,8 +37,8 @@ class SameForm:
         """The first tokens of two texts, as many of each, with EOS behind them.
 
         The number lies between half the shorter text and its end, by `draw` in [0, 1), and before the end,
-        which would tell whose texts are shorter. It is less where the cut would leave white space, a part of
-        a character, or tokens that the tokenizer writes in another way.
+        which would tell whose texts are shorter (a text of one token is read whole). It is less where the cut
+        would leave white space, a part of a character, or tokens that the tokenizer writes in another way.
         """
         shorter = min(len(one), len(other))
         least = (shorter + 1) // 2

@@ -77,6 +77,26 @@ def test_numbers_are_means_and_intervals_the_lowest_and_highest_seed() -> None:
     assert (near["mean"], near["low"], near["high"]) == pytest.approx((0.15, 0.05, 0.3))
 
 
+def test_lengths_are_those_that_all_seeds_have(tmp_path: Path) -> None:
+    seeds = {}
+    for seed, horizon in ((1, 4), (2, 2)):
+        report = report_of(seed)
+        for entry in report["systems"].values():
+            errors = entry["exposure"]["excess_error"]
+            entry["exposure"]["excess_error"] = [{**errors[0], "length": n} for n in range(2, horizon + 1)]
+        report["excess_error_length"] = horizon
+        seeds[seed] = tmp_path / str(seed)
+        seeds[seed].mkdir()
+        (seeds[seed] / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    found = write_comparison(tmp_path / "exposure", seeds, [], "c")
+    assert found["excess_error_length"] == 2
+    assert [each["length"] for each in found["systems"]["sft"]["exposure"]["excess_error"]] == [2]
+    header, _, other = comparison_table(found)
+    assert dict(zip(header, other, strict=True))["excess error, %, to 2 tokens"] == "150.00 [100.00, 200.00]"
+    lengths = [[{"length": 4, "x": 1.0}, {"length": 8, "x": 3.0}], [{"length": 8, "x": 5.0}]]
+    assert combined(lengths) == [{"length": 8, "x": 4.0}]
+
+
 def test_what_one_seed_lacks_is_missing_and_lists_are_cut() -> None:
     found = combined([{"a": None, "b": [1, 2, 3]}, {"a": 1.0, "b": [3, 4]}])
     assert found == {"a": None, "b": [2, 3]}
@@ -107,7 +127,7 @@ def test_the_report_is_written_whole(tmp_path: Path, shifts: tuple[float, ...]) 
     checks = [{"name": f"c{i}", "passed": bool(i), "value": "v", "meaning": "<m>"} for i in range(2)]
     trained.mkdir(parents=True)
     (trained / "stage.json").write_text(json.dumps({"checks": checks}), encoding="utf-8")
-    folder = tmp_path / "exposure"
+    folder = tmp_path / "run" / "exposure"
     report = write_comparison(folder, seeds, [trained], "./launch.sh stage=exposure")
     assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
     text = (folder / "report.md").read_text(encoding="utf-8")

@@ -111,6 +111,20 @@ def test_a_sample_is_scored_as_it_is_learned_from(folder: Path, monkeypatch: pyt
     assert [len(row) for row in read[3:]] != lengths, "each update draws other cuts"
 
 
+def test_a_sample_is_read_beside_a_reference_of_its_own_prompt(folder: Path) -> None:
+    config = adversarial(folder)
+    roles, codec = roles_of(config), TextCodec(word_tokenizer(), style="plain")
+    others = [PromptRecord(f"w{i} w{i}", f"w{i} w9 w8") for i in range(10)] + [PromptRecord("w40 w40")]
+    judge = Discriminator(config, codec, roles, REFERENCES, others)
+    texts = [each.prompt for each in others] + [each.prompt for each in REFERENCES]
+    prompts = [codec.encode_prompt(text) for text in texts]
+    for draw in range(3):
+        found = judge.beside(prompts, judge.draw(draw))
+        known = [prompt for prompt, _ in found]
+        assert known[:10] == prompts[:10] and known[11:] == prompts[11:]
+        assert known[10] in prompts[:10] + prompts[11:], "without a reference, any"
+
+
 def test_a_score_says_nothing_of_eos_white_space_or_the_tokens_that_were_drawn(folder: Path) -> None:
     config = adversarial(folder, reward=WITHOUT_REPLAY)
     judge = judge_of(config, roles_of(config))

@@ -139,6 +139,15 @@ def test_a_run_logs_a_share_that_goes_to_nothing(folder: Path, tmp_path: Path, m
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize(("updates", "names"), [(5, ["score rose"]), (3, [])])
+def test_a_score_rises_only_from_one_that_was_all_sampled(
+    folder: Path, tmp_path: Path, updates: int, names: list[str]
+) -> None:
+    run = mixed_run(folder, tmp_path, updates=updates)  # the third is the first that is all sampled
+    checks = run.train(None)
+    assert [check.name for check in checks if check.name == "score rose"] == names
+
+
 def test_a_resumed_run_is_given_the_same(folder: Path, tmp_path: Path) -> None:
     whole = mixed_run(folder, tmp_path / "a", save_every=1, keep_last=9, updates=4)
     whole.train(None)
