@@ -108,7 +108,10 @@ def _steps(comparison: ComparisonConfig, words: Words, seed: int, name: str) -> 
         yield step
         systems[method] = str(step.folder / "model")
     chosen = [f"systems={json.dumps(systems)}", "baseline=sft", "force=true"]
-    step = _step("evaluate", "evaluate", [*words["evaluate"], f"name={name}", f"seed={seed}", *chosen])
+    measures = [f"oracle={sft.config.model.path}", "prefix_lengths=[4, 16]"]
+    step = _step(
+        "evaluate", "evaluate", [*measures, *words["evaluate"], f"name={name}", f"seed={seed}", *chosen]
+    )
     gold, proxy = step.config.gold, step.config.proxy or {}
     no_proxy = not has_reward_model and proxy.get("path") == str(rm.folder / "model")
     no_gold = gold is None or (gold["kind"] == "classifier" and gold.get("train") is None)

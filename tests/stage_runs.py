@@ -24,7 +24,10 @@ OWN = {
     "rm": ("epochs=2", "log_steps=2", "save_steps=4", "calibration_prompts=32"),
     # warm-up: with the default one a draw of update 5 is so near between two tokens that rounding decides
     "ppo": ("updates=6", "batch_size=24", "save_every=2", "warmup_updates=1"),
-    "evaluate": ("num_prompts=16", "batch_size=6", "bootstrap=200", "num_samples=3"),
+    "evaluate": (
+        *("num_prompts=16", "batch_size=6", "bootstrap=200", "num_samples=3"),
+        *("oracle=${model.path}", "prefix_lengths=[4, 16]"),
+    ),
 }
 SMALL = {stage: (*COMMON, *words) for stage, words in OWN.items()}
 
