@@ -6,17 +6,19 @@ The numbers are those of rouge-score and sacrebleu, in [0, 1] and times `scale`;
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from collections.abc import Callable, Sequence
+
+import regex
 
 from rlhf.records import Prompt, PromptRecord, prompt_key
 from rlhf.rows import shorten
 
-# Scripts that put no space between words are compared character by character.
-KANA = "\u3040-\u30ff\u31f0-\u31ff"
-HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-TOKEN = re.compile(f"[{KANA}{HAN}]|[^\\W_{KANA}{HAN}]+")
+# Scripts that put no space between words are compared character by character. A mark (the vowel signs of
+# Hindi and Thai) belongs to the letter before it.
+HAN, KANA = r"\p{Han}", r"\u30fc\p{Hiragana}\p{Katakana}"
+UNSPACED = HAN + KANA + r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+TOKEN = regex.compile(f"(?V1)[{UNSPACED}]\\p{{M}}*|[[\\w\\p{{M}}]--[_{UNSPACED}]]+")
 
 
 class ReferenceScorer:
@@ -93,11 +95,11 @@ def _bleu() -> Score:
     """BLEU of sentences, by sacrebleu; its tokenizer follows from the script of the reference."""
     from sacrebleu.metrics import BLEU
 
-    tokenizers = {f"[{KANA}]": "char", f"[{HAN}]": "zh", "": "13a"}
+    tokenizers = {f"[{KANA}]": "char", f"[{HAN}]": "zh", f"[{UNSPACED}]": "char", "": "13a"}
     scorers = {script: BLEU(effective_order=True, tokenize=name) for script, name in tokenizers.items()}
 
     def score(reference: str, response: str) -> float:
-        script = next(each for each in scorers if re.search(each, reference))
+        script = next(each for each in scorers if regex.search(each, reference))
         return min(1.0, scorers[script].sentence_score(response, [reference]).score / 100)
 
     return score

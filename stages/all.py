@@ -14,7 +14,7 @@ from rlhf.checkpoint import changed_settings
 from rlhf.config import PROJECT_DIR, load_config, resolved_yaml, split_overrides
 from rlhf.parents import replaced_parent
 from stages import COMMAND_VARIABLE
-from stages.common import without_run_mode
+from stages.common import check_data, without_run_mode
 from stages.launch import place_of
 
 Configs = dict[str, Any]
@@ -38,6 +38,7 @@ def run(configs: Configs, overrides: list[str]) -> int:
     words = split_overrides(overrides)
     command = ["./launch.sh", "stage=all", *without_run_mode(overrides)]
     skipped, again = reasons_to_skip(configs)
+    check_data((stage, config) for stage, config in configs.items() if stage not in skipped)
     minutes: dict[str, float] = {}
     for number, (stage, config) in enumerate(configs.items(), start=1):
         headline = f"[{number}/{len(configs)}] {stage}"
@@ -125,12 +126,16 @@ def run_child(command: list[str], **environment: str) -> int:
     return status if status >= 0 else 128 - status
 
 
-def check_unchanged(config: Any, folder: Path) -> None:
-    """Raise ValueError where a finished stage was run with other settings than these."""
+def changed_keys(config: Any, folder: Path) -> list[str]:
+    """The keys that a finished stage was run with other values of."""
     saved = folder / "config.yaml"
     changed = changed_settings(saved, resolved_yaml(config)) if saved.exists() else {}
-    changed.pop("engine.threads", None)
-    if changed:
+    return [key for key in changed if key != "engine.threads"]
+
+
+def check_unchanged(config: Any, folder: Path) -> None:
+    """Raise ValueError where a finished stage was run with other settings than these."""
+    if changed := changed_keys(config, folder):
         raise ValueError(
             f"{folder} is finished with other settings ({', '.join(changed)}): "
             "overwrite=true runs it again, name=... starts another run"

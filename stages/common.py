@@ -7,7 +7,9 @@ import importlib
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +17,21 @@ from rlhf.checkpoint import StageFolder, library_versions, settings_that_count
 from rlhf.config import load_config, resolved_yaml
 from rlhf.parents import Parent, find_parent, inputs_of
 from rlhf.processes import processes
-from rlhf.records import Record, find_overlap, make_sources, read_records
+from rlhf.records import ReadResult, Record, find_overlap, make_sources, read_records
 from rlhf.sources import is_path_like, resolve_model
 from stages import COMMAND_VARIABLE
 
 if TYPE_CHECKING:
     from rlhf.text import TextCodec
+
+
+DATA_KEYS = {
+    "sft": {"data.demonstrations.train": "demonstrations", "data.demonstrations.eval": "demonstrations"},
+    "collect": {"data.prompts.collect": "prompts"},
+    "rm": {"ranked.train": "ranked", "ranked.eval": "ranked"},
+    "ppo": {"data.prompts.ppo": "prompts"},
+    "evaluate": {"data.prompts.evaluate": "prompts"},
+}
 
 
 def make_inputs(config: Any) -> None:
@@ -70,14 +81,7 @@ class Stage:
 
     def read(self, source: Any, kind: str, key: str, *, limit: int | None = None) -> Sequence[Any]:
         """Read the records of a `data` key; counts and skipped rows go into stage.json."""
-        if source is None:
-            raise ValueError(
-                f"{key} is not set: data={self.config.data.name} has no such records; give {key}=<file>"
-            )
-        try:
-            result = read_records(make_sources(source, key), kind, on_bad_row=self.config.data.on_bad_row)
-        except ValueError as error:
-            raise ValueError(error if key in str(error) else f"{key}: {error}") from error
+        result = _read(source, kind, key, self.config.data)
         if result.skipped:
             print(
                 f"{key}: {len(result.skipped)} bad rows skipped, the first: {result.skipped[0]}", flush=True
@@ -122,6 +126,36 @@ class Stage:
         """The cost for the stage's last line."""
         cost = self.cost()
         return f"{cost['seconds']:.0f} s, peak memory {cost['peak_memory_gib']:.1f} GiB"
+
+
+def check_data(configs: Iterable[tuple[str, Any]]) -> None:
+    """Read one record of everything that (stage, configuration) pairs will read, so that what is amiss with
+    the last stage's data is found before the first one runs.
+
+    What a stage or `data.build` has yet to write is passed over. Raises ValueError as the stage would.
+    """
+    seen = []
+    for stage, config in configs:
+        for key, kind in DATA_KEYS[stage].items():
+            source = attrgetter(key)(config)
+            if (source is None and key == "ranked.eval") or source in seen:
+                continue
+            seen.append(source)
+            made = (config.runs, config.data.folder) if config.data.build else (config.runs,)
+            paths = [] if source is None else [each.path for each in make_sources(source, key)]
+            if not any(Path(place) in Path(path).absolute().parents for place in made for path in paths):
+                _read(source, kind, key, config.data, limit=1)
+
+
+def _read(source: Any, kind: str, key: str, data: Any, *, limit: int | None = None) -> ReadResult:
+    """The records of a key of `data`, which errors name; `limit`: of every file."""
+    if source is None:
+        raise ValueError(f"{key} is not set: data={data.name} has no such records; give {key}=<file>")
+    try:
+        sources = [replace(each, limit=limit or each.limit) for each in make_sources(source, key)]
+        return read_records(sources, kind, on_bad_row=data.on_bad_row)
+    except ValueError as error:
+        raise ValueError(error if key in str(error) else f"{key}: {error}") from error
 
 
 def without_run_mode(words: Sequence[str]) -> list[str]:

@@ -14,9 +14,9 @@ from rlhf.checkpoint import library_versions
 from rlhf.decoding import decoding_in
 from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.compare import Scored, common_length, compare, equals_oracle, summarise, verdict
-from rlhf.evaluation.exposure import Instruments, load_evidence, measure, save_evidence
+from rlhf.evaluation.exposure import Instruments, load_evidence, measure, save_evidence, why_no_mauve
 from rlhf.evaluation.measures import LEAST_ROWS
-from rlhf.evaluation.report import COLUMNS, OVERLAPS, print_table, table_rows, write_report
+from rlhf.evaluation.report import COLUMNS, OVERLAPS, notes_in_words, print_table, table_rows, write_report
 from rlhf.evaluation.systems import (
     Generation,
     System,
@@ -29,7 +29,7 @@ from rlhf.evaluation.systems import (
 )
 from rlhf.metrics import progress
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters, same_tokenizer
-from rlhf.parents import Parent, find_parent, lineage, model_paths
+from rlhf.parents import Parent, failed_checks, find_parent, lineage, model_paths
 from rlhf.processes import by_main
 from rlhf.records import PromptRecord
 from rlhf.reference_scorers import ReferenceScorer
@@ -91,6 +91,7 @@ def main(overrides: list[str]) -> None:
         "preferences_simulated": (config.gold or {}).get("kind") == "classifier" and config.proxy is not None,
         "oracle": oracle,
         "notes": [*notes, *notes_on(scored, entries, prompts)],
+        "failed_checks": checks_failed_before(parents),
         "excess_error_length": common_length(list(entries.values())),
         "systems": entries,
         **compare(scored, baseline, **options),
@@ -106,7 +107,7 @@ def main(overrides: list[str]) -> None:
     folder.finish("report", parents=parents, checks=[], results=results, **stage.cost(), **stage.facts)
     folder.drop_states()
     print_table([list(COLUMNS), *table_rows(report)])
-    for note in report["notes"]:
+    for note in notes_in_words(report):
         print(note)
     print(f"{report['verdict']}\nreport: {folder.path / 'report.md'} ({stage.cost_in_words()})")
 
@@ -189,10 +190,21 @@ def notes_on(scored: Sequence[Scored], entries: dict[str, Any], prompts: Sequenc
             f"{missing} of {len(prompts)} prompts have no reference: left out of excess error, quality after "
             "prefixes and MAUVE"
         )
+    no_mauve = why_no_mauve(len(prompts) - missing)
+    if no_mauve and any(each.evidence and each.evidence.logprobs for each in scored):
+        notes.append(f"no MAUVE: {no_mauve}")
     equal = [each.system.name for each in scored if equals_oracle(each, entries[each.system.name])]
     if equal:
         notes.append(f"no excess error, being the oracle itself (0 / 0): {', '.join(equal)}")
     return notes
+
+
+def checks_failed_before(parents: Sequence[Parent]) -> list[str]:
+    """The checks that the stages failed that made what is compared, and what it is scored by."""
+    records = {parent.key: lineage([parent])[-1:] for parent in parents}
+    return [
+        f"{key}: {line}" for key, own in records.items() for record in own for line in failed_checks(record)
+    ]
 
 
 def sample_all(

@@ -19,11 +19,11 @@ from typing import Any
 from rlhf.config import decoding_changes, load_config, split_overrides
 from rlhf.discriminator_settings import KIND
 from rlhf.hints import hint
-from rlhf.parents import replaced_parent
+from rlhf.parents import failed_checks, inputs_of, replaced_parent
 from rlhf.settings import ComparisonConfig
 from stages import COMMAND_VARIABLE
-from stages.all import ENTRY_POINT, check_unchanged, run_child, stage_folder
-from stages.common import without_run_mode
+from stages.all import ENTRY_POINT, changed_keys, check_unchanged, run_child, stage_folder
+from stages.common import check_data, without_run_mode
 from stages.launch import place_of
 
 OWN_KEYS = tuple(ComparisonConfig.__dataclass_fields__)
@@ -162,7 +162,8 @@ def _step(label: str, stage: str, words: list[str]) -> Step:
 
 
 def _marked(steps: Sequence[Step]) -> list[Step]:
-    """The steps, each marked finished or not; one that stands on what is, or has been, replaced is run again.
+    """The steps, each marked finished or not; one that stands on what is, or has been, replaced is run again,
+    and so is the evaluation of other systems than are compared now.
 
     Raises ValueError for a finished one where neither resume nor overwrite is set, and for one whose settings
     have changed.
@@ -185,10 +186,17 @@ def _marked(steps: Sequence[Step]) -> list[Step]:
             marked.append(again)
         elif record is None:
             marked.append(step)
+        elif step.stage == "evaluate" and _other_systems(step):
+            marked.append(again)
         else:
             check_unchanged(step.config, step.folder)
             marked.append(replace(step, finished=True))
     return marked
+
+
+def _other_systems(step: Step) -> bool:
+    changed = changed_keys(step.config, step.folder)
+    return bool(changed) and all(key.startswith("systems") for key in changed)
 
 
 def run(overrides: list[str]) -> int:
@@ -196,6 +204,7 @@ def run(overrides: list[str]) -> int:
     folder, seeds = plan(overrides)
     command = ["./launch.sh", "stage=exposure", *without_run_mode(overrides)]
     steps = [step for steps in seeds for step in steps]
+    check_data((step.stage, step.config) for step in steps if not step.finished)
     for number, step in enumerate(steps, start=1):
         done = "finished in " if step.finished else ""
         print(f"[{number}/{len(steps)}] {step.label}: {done}{step.folder}", flush=True)
@@ -209,6 +218,10 @@ def run(overrides: list[str]) -> int:
             resumed = shlex.join([*command, "resume=true"])
             print(f"{step.label} ended with status {status}; go on with: {resumed}", file=sys.stderr)
             return status
+        if unfit := why_unfit(step, steps[number:]):
+            resumed = shlex.join([*command, "resume=true", "force=true"])
+            print(f"{unfit}. Mend it, or go on as it is: {resumed}", file=sys.stderr)
+            return 1
         print(f"  {(time.monotonic() - started) / 60:.1f} min", flush=True)
     from rlhf.evaluation.exposure_report import FIRST_COLUMNS, comparison_table, write_comparison
     from rlhf.evaluation.report import print_table
@@ -218,6 +231,16 @@ def run(overrides: list[str]) -> int:
     print_table([row[: len(FIRST_COLUMNS)] for row in comparison_table(report)])
     print(f"report: {folder / 'report.md'}")
     return 0
+
+
+def why_unfit(step: Step, later: Sequence[Step]) -> str | None:
+    """Why a method would refuse to stand on a step just finished; None where none would."""
+    failed = failed_checks(json.loads((step.folder / "stage.json").read_text(encoding="utf-8")))
+    for each in later if failed and not step.config.force else ():
+        inputs = [] if each.stage == "evaluate" else inputs_of(each.config)
+        if any(Path(path).parent == step.folder for _, path, _ in inputs):
+            return f"{each.label} stands on {step.label}, which failed its checks: {'; '.join(failed)}"
+    return None
 
 
 def show(overrides: list[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rlhf.config import resolved_yaml
 from stages.__main__ import main
 from stages.all import ENTRY_POINT
-from stages.exposure import Step, plan
+from stages.exposure import Step, plan, why_unfit
 from tests.stage_runs import LONGEST_RUN, OWN, read_json
 
 METHODS = [
@@ -118,6 +118,41 @@ def test_what_is_finished_is_left_alone_and_what_stands_on_new_parts_runs_again(
     assert [step.words[-1] for step in steps if step.label == "methods.rloo"] == ["overwrite=true"]
     [rloo] = [step for step in steps_of(tmp_path, "resume=true") if step.label == "methods.rloo"]
     assert not rloo.finished and rloo.words[-1] != "overwrite=true", "it goes on"
+
+
+def test_systems_that_were_added_are_evaluated_with_the_others(tmp_path: Path) -> None:
+    for step in steps_of(tmp_path, "decodings=[greedy]"):
+        finish(step)
+    due = [step for step in steps_of(tmp_path, "resume=true") if not step.finished]
+    assert [(step.label, step.words[-1]) for step in due] == [("evaluate", "overwrite=true")]
+    with pytest.raises(ValueError, match=r"evaluate is finished with other settings \(.*num_prompts"):
+        steps_of(tmp_path, "resume=true", "evaluate.num_prompts=3")
+
+
+def test_a_model_that_failed_its_checks_is_not_built_on(tmp_path: Path) -> None:
+    steps = steps_of(tmp_path)
+    rm = steps[2]
+    finish(rm)
+    check = {"name": "accuracy", "passed": False, "value": "0.51", "meaning": "too low"}
+    (rm.folder / "stage.json").write_text(json.dumps({"checks": [check]}), encoding="utf-8")
+    found = why_unfit(rm, steps[3:])
+    assert found == "methods.ppo stands on rm, which failed its checks: accuracy: 0.51 (too low)"
+    assert why_unfit(rm, steps[-1:]) is None, "what is compared is shown as it is"
+    assert why_unfit(steps_of(tmp_path, "resume=true", "force=true")[2], steps[3:]) is None
+
+
+@pytest.mark.parametrize("stage", ["all", "exposure"])
+def test_the_data_of_the_last_stage_is_looked_at_before_the_first_runs(
+    stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "no prompt of ours"}\n', encoding="utf-8")
+    words = [f"stage={stage}", "model=tiny", "data=toy", f"runs={tmp_path}/runs"]
+    for place, message in (("nowhere.jsonl", "nowhere.jsonl"), (str(rows), "rows.jsonl:1")):
+        assert main([*words, f"data.prompts.evaluate={place}"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "data.prompts.evaluate" in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_stood_on_a_model_that_was_replaced_since_runs_again(tmp_path: Path) -> None:

@@ -124,12 +124,15 @@ def test_a_stages_own_folder_is_not_its_model(run: Path) -> None:
 def test_a_parent_that_failed_its_checks_stops_unless_forced(run: Path) -> None:
     import json
 
+    from rlhf.parents import find_parent
+
     record = read_json(run / "sft" / "stage.json")
     record["checks"][0] |= {"passed": False, "value": "6.1 against 5.5"}
     (run / "sft" / "stage.json").write_text(json.dumps(record))
     found = refusal("collect", run, "overwrite=true")
     assert "failed its own checks: held-out loss below the base's: 6.1 against 5.5" in found
     assert "force=true" in found
+    find_parent("systems.sft", str(run / "sft" / "model"), kind="policy", force=False)  # to be compared
     words = [f"runs={run.parent}", *SMALL["collect"], "overwrite=true", "force=true"]
     assert run_stage("collect", *words).status == 0
 

@@ -96,7 +96,7 @@ def _exposure(tokens: Sequence[list[int]], evidence: Evidence | None, **options:
         "distinct": {str(n): vars(each) for n, each in distinct.items()},
         "diversity": vars(diversity),
         "perplexity": None if found.logprobs is None else vars(perplexity(found.logprobs, **options)),
-        "mauve": found.mauve,
+        "mauve": found.mauve and vars(found.mauve),
         "excess_error": [asdict(each) for each in errors],
         "prefix_quality": [_prefix_entry(each, **options) for each in found.prefixes],
     }

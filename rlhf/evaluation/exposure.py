@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import rel_entr
 
 from rlhf.batches import Rollout
 from rlhf.evaluation.measures import LEAST_ROWS
+from rlhf.evaluation.statistics import Estimate, Floats
 from rlhf.evaluation.systems import Generation, System, Tokens, by_batches, by_rows, token_logprobs
 from rlhf.files import write_text
 from rlhf.models.forward import last_states, response_divergence
@@ -27,6 +29,7 @@ from rlhf.rewards import checked_scores
 from rlhf.sampling.policy import Policy
 
 LEAST_MAUVE_ROWS = 200
+MAUVE_BOOTSTRAP = 1000
 ROWS_PER_BUCKET = 20  # of either side: with fewer the quantization counts noise, and faiss says so
 
 Pairs = list[tuple[float, float]]
@@ -78,7 +81,7 @@ class Evidence:
     own_kl: list[list[float]] | None
     gold_kl: list[list[float]] | None
     logprobs: list[list[float]] | None
-    mauve: float | None
+    mauve: Estimate | None
     prefixes: list[PrefixQuality]
 
 
@@ -117,7 +120,9 @@ def measure(  # noqa: PLR0913 (a system with its policy, what it said to which p
     own_kl = divergences(oracle, policy, before, own)
     if gold_kl is None:
         gold_kl = divergences(oracle, policy, before, gold)
-    return Evidence(own_kl, gold_kl, logprobs, mauve(oracle, before, gold, own), prefixes)
+    return Evidence(
+        own_kl, gold_kl, logprobs, mauve(oracle, before, gold, own, seed=instruments.seed), prefixes
+    )
 
 
 def divergences(oracle: Policy, policy: Policy, contexts: Tokens, responses: Tokens) -> list[list[float]]:
@@ -171,15 +176,14 @@ def prefix_quality(
     return PrefixQuality(length, logprobs, scores)
 
 
-def mauve(oracle: Policy, contexts: Tokens, gold: Tokens, own: Tokens) -> float | None:
-    """MAUVE, 0 to 1, of prompts with own against gold responses; None without the library mauve-text, or for
-    fewer than LEAST_MAUVE_ROWS rows.
+def mauve(oracle: Policy, contexts: Tokens, gold: Tokens, own: Tokens, *, seed: int = 0) -> Estimate | None:
+    """MAUVE, 0 to 1, of prompts with own against gold responses; None where `why_no_mauve` says why.
 
     The features are the oracle's last hidden states at each text's last token before EOS, so it is not to be
     compared with the published ones, by GPT-2 large. Pillutla et al. (2021),
-    https://arxiv.org/abs/2102.01454.
+    https://arxiv.org/abs/2102.01454. The interval is that of the clusters found.
     """
-    if len(gold) < LEAST_MAUVE_ROWS or importlib.util.find_spec("mauve") is None:
+    if why_no_mauve(len(gold)):
         return None
 
     def features(responses: Tokens) -> np.ndarray:
@@ -190,15 +194,45 @@ def mauve(oracle: Policy, contexts: Tokens, gold: Tokens, own: Tokens) -> float 
         return last_states(oracle.model, piece.tokens, piece.attention_mask)
 
     eos = oracle.codec.eos_token_id
-    return _mauve_of_features(features(gold), features(own))
+    return _mauve_of_features(features(gold), features(own), seed)
+
+
+def why_no_mauve(num_rows: int) -> str | None:
+    """Why MAUVE of so many texts is not measured; None where it is."""
+    if num_rows < LEAST_MAUVE_ROWS:
+        return f"{num_rows} prompts have a reference, fewer than {LEAST_MAUVE_ROWS}"
+    if importlib.util.find_spec("mauve") is None:
+        return "mauve-text is not installed: pip install -c constraints.txt '.[mauve]'"
+    return None
 
 
 @by_main
-def _mauve_of_features(gold: np.ndarray, own: np.ndarray) -> float:
+def _mauve_of_features(gold: np.ndarray, own: np.ndarray, seed: int) -> Estimate:
     from mauve import compute_mauve
 
     found = compute_mauve(p_features=gold, q_features=own, num_buckets=len(gold) // ROWS_PER_BUCKET)
-    return float(found.mauve)
+    return mauve_interval(found.p_hist, found.q_hist, len(gold), seed=seed)
+
+
+def mauve_interval(gold: Floats, own: Floats, num_rows: int, *, seed: int = 0) -> Estimate:
+    """MAUVE of two histograms (clusters,) of so many texts each, with its 95% basic bootstrap interval: fewer
+    texts look less alike, and a resample is to its sample as that is to the truth.
+    """
+    rng = np.random.default_rng(seed)
+    draws = [rng.multinomial(num_rows, each, MAUVE_BOOTSTRAP) / num_rows for each in (gold, own)]
+    low, high = np.quantile(_mauve_of_histograms(*draws), [0.025, 0.975])
+    mean = float(_mauve_of_histograms(gold, own))
+    return Estimate(mean, *(float(np.clip(2 * mean - end, 0, 1)) for end in (high, low)))
+
+
+def _mauve_of_histograms(p: Floats, q: Floats) -> Floats:
+    """(..., clusters) to (...): the area under the curve of exp(-5 KL) of both to mixtures of both."""
+    weights = np.linspace(1e-6, 1 - 1e-6, 25).reshape(-1, *[1] * p.ndim)
+    mixtures = weights * p + (1 - weights) * q
+    x, y = (np.exp(-5 * np.sum(rel_entr(each, mixtures), axis=-1)) for each in (q, p))
+    ends = np.zeros_like(x[:1]), np.ones_like(x[:1])
+    x, y = np.concatenate([ends[1], x, ends[0]]), np.concatenate([ends[0], y, ends[1]])
+    return np.sum((x[:-1] - x[1:]) * (y[:-1] + y[1:]) / 2, axis=0)
 
 
 def save_evidence(path: Path, evidence: Evidence) -> None:
@@ -209,7 +243,9 @@ def save_evidence(path: Path, evidence: Evidence) -> None:
 def load_evidence(path: Path) -> Evidence:
     """Read what `save_evidence` wrote."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    return Evidence(**found | {"prefixes": [PrefixQuality(**each) for each in found["prefixes"]]})
+    found["prefixes"] = [PrefixQuality(**each) for each in found["prefixes"]]
+    found["mauve"] = found["mauve"] and Estimate(**found["mauve"])
+    return Evidence(**found)
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -16,10 +16,12 @@ from rlhf.evaluation.report import (
     SIMULATED,
     escaped,
     exposure_table,
+    notes_in_words,
     table,
     table_rows,
 )
 from rlhf.files import write_text
+from rlhf.parents import failed_checks
 
 FIRST_COLUMNS = ("system", "gold", "wins (gold)", "proxy", "KL", "length", "ended")
 INTERVALS = (("mean", "low", "high"), ("win_rate", "low", "high"), ("kl", "kl_low", "kl_high"))
@@ -74,17 +76,14 @@ def differences_table(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def failed_checks(folders: Sequence[Path], run: Path) -> list[str]:
+def all_failed_checks(folders: Sequence[Path], run: Path) -> list[str]:
     """A line for every check that a stage in a folder below `run` failed."""
-    lines = []
-    for folder in folders:
-        record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
-        lines += [
-            f"{folder.relative_to(run)}: {check['name']}: {check['value']} ({check['meaning']})"
-            for check in record["checks"]
-            if not check["passed"]
-        ]
-    return lines
+    records = {each: json.loads((each / "stage.json").read_text(encoding="utf-8")) for each in folders}
+    return [
+        f"{each.relative_to(run)}: {line}"
+        for each, record in records.items()
+        for line in failed_checks(record)
+    ]
 
 
 def write_comparison(
@@ -96,9 +95,12 @@ def write_comparison(
     reports = [json.loads((path / "report.json").read_text(encoding="utf-8")) for path in seeds.values()]
     report = combined(reports)
     report["excess_error_length"] = common_length(list(report["systems"].values()))
+    if len(seeds) > 1:
+        report |= {"name": folder.parent.name, "reference": report["baseline"]}  # each seed's own
     report |= {
+        "notes": list(dict.fromkeys(note for each in reports for note in each["notes"])),
         "seeds": list(seeds),
-        "failed_checks": failed_checks(trained, folder.parent),
+        "failed_checks": all_failed_checks(trained, folder.parent),
         "command": command,
     }
     plots = folder / "plots"
@@ -119,7 +121,6 @@ def _markdown(report: dict[str, Any], seeds: dict[int, Path], plots: Sequence[st
         else "Means over the seeds; in brackets the lowest and the highest seed."
     )
     simulated = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
-    notes = [*report["notes"], *(f"failed check: {line}" for line in report["failed_checks"])]
     return (
         f"# Cures for exposure bias: {escaped(report['name'])}\n{simulated}\n"
         f"Seeds {numbers}; {report['num_prompts']:.0f} unseen prompts, one response each, the same for all. "
@@ -127,7 +128,7 @@ def _markdown(report: dict[str, Any], seeds: dict[int, Path], plots: Sequence[st
         f"its log-prob counts as 0. The oracle is `{report['oracle']}`.\n\n"
         f"{table(comparison_table(report))}\n"
         f"{EXPOSURE}\n\n"
-        + "".join(f"- {escaped(note)}\n" for note in notes)
+        + "".join(f"- {escaped(note)}\n" for note in notes_in_words(report))
         + "\n"
         + "\n".join(f"![{name}](plots/{name})" for name in plots)
         + f"\n\n## Less {escaped(report['baseline'])}, paired by prompt\n\n{table(differences_table(report))}"

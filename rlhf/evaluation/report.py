@@ -52,7 +52,9 @@ def table_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def exposure_table(report: dict[str, Any]) -> list[list[str]]:
-    """The table of exposure bias: its header, and a row a system, as text."""
+    """The table of exposure bias: its header, and a row a system, as text. A measure that no system has
+    is left out.
+    """
     exposures = {name: entry["exposure"] for name, entry in report["systems"].items()}
     prefix = max((each["length"] for e in exposures.values() for each in e["prefix_quality"]), default=None)
     length = report["excess_error_length"]
@@ -73,10 +75,15 @@ def exposure_table(report: dict[str, Any]) -> list[list[str]]:
             pairs.get("score"),
             each["seq_rep"]["4"],
         ]
-        cells += [each["distinct"]["2"], each["diversity"], each["perplexity"]]
-        last = "-" if each["mauve"] is None else f"{each['mauve']:.2f}"
-        rows.append([name, *map(_interval, cells), last])
-    return rows
+        cells += [each["distinct"]["2"], each["diversity"], each["perplexity"], each["mauve"]]
+        rows.append([name, *map(_interval, cells)])
+    shown = [any(cell != "-" for cell in column) for column in zip(*rows[1:], strict=True)]
+    return [[cell for cell, keep in zip(row, shown, strict=True) if keep] for row in rows]
+
+
+def notes_in_words(report: dict[str, Any]) -> list[str]:
+    """What a reader of the tables must know besides."""
+    return [*report["notes"], *(f"failed check: {line}" for line in report["failed_checks"])]
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -115,7 +122,7 @@ def _markdown(
     report: dict[str, Any], scored: Sequence[Scored], plots: Sequence[str], num_samples: int
 ) -> str:
     scores = table([list(COLUMNS), *table_rows(report)])
-    notes = "".join(f"- {escaped(note)}\n" for note in report["notes"])
+    notes = "".join(f"- {escaped(note)}\n" for note in notes_in_words(report))
     images = "\n".join(f"![{name}]({name})" for name in plots)
     note = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
     return (

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from rlhf.evaluation.exposure import (
     divergences,
     load_evidence,
     mauve,
+    mauve_interval,
     measure,
     prefix_quality,
     save_evidence,
@@ -222,10 +224,28 @@ def test_equal_texts_have_a_mauve_of_one(oracle: Policy, monkeypatch: pytest.Mon
     contexts = [row[:3] for row in rows]
     eos = oracle.codec.eos_token_id
     responses = [row[3:] for row in rows]
-    assert mauve(oracle, contexts, responses, [[*row, eos] for row in responses]) == pytest.approx(1.0)
-    others = [[7, 7, 7]] * len(rows)
-    found = mauve(oracle, contexts, responses, others)
-    assert found is not None and found < 0.5
+    equal = mauve(oracle, contexts, responses, [[*row, eos] for row in responses])
+    assert equal is not None and (equal.mean, equal.high) == (pytest.approx(1.0), 1.0)
+    found = mauve(oracle, contexts, responses, [[7, 7, 7]] * len(rows))
+    assert found is not None and found.low <= found.mean <= found.high < 0.5
+
+
+def test_the_interval_of_mauve_covers_that_of_all_texts() -> None:
+    from mauve import compute_mauve
+
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(300):
+        p, q = rng.dirichlet([3.0] * 10), rng.dirichlet([3.0] * 10)
+        whole = mauve_interval(p, q, 1_000_000, seed=0).mean
+        found = mauve_interval(rng.multinomial(200, p) / 200, rng.multinomial(200, q) / 200, 200, seed=0)
+        covered.append(found.low <= whole <= found.high)
+    assert 0.85 < np.mean(covered) < 0.99
+
+    texts = np.repeat(np.eye(10), 20, axis=0) * 100 + rng.normal(size=(200, 10))
+    once = compute_mauve(p_features=texts, q_features=texts[40:], num_buckets=10)
+    own = mauve_interval(once.p_hist, once.q_hist, 200, seed=0)
+    assert own.mean == pytest.approx(once.mauve, abs=1e-12)
 
 
 def test_an_oracle_is_refused_or_left_out_by_its_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ def report_of(shift: float) -> dict[str, Any]:
         "oracle": "base",
         "preferences_simulated": False,
         "notes": [],
+        "failed_checks": [],
         "excess_error_length": common_length(list(entries.values())),
         "systems": entries,
         **compare(systems, "sft", **OPTIONS),

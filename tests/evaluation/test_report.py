@@ -19,6 +19,7 @@ from rlhf.evaluation.report import (
     training_rows,
     write_report,
 )
+from rlhf.evaluation.statistics import Estimate
 from rlhf.evaluation.systems import Generation, System
 
 HOSTILE = (
@@ -56,6 +57,7 @@ def report_of(systems: list[Scored]) -> dict[str, Any]:
         "reference": "sft",
         "preferences_simulated": True,
         "notes": ["no oracle: <b>"],
+        "failed_checks": ["systems.sft: samples end: <b>"],
         "excess_error_length": common_length(list(entries.values())),
         "systems": entries,
         **compare(systems, "sft", **OPTIONS),
@@ -137,22 +139,19 @@ def test_the_table_of_exposure_bias_by_hand(systems: list[Scored], tmp_path: Pat
     same, shorter = ([[1.0] * n] * 10 for n in (3, 2))
     pairs = [(-1.0, -2.0)] * 10
     evidence = [
-        Evidence(same, same, [[0.0]], 0.5, [PrefixQuality(4, pairs, None)]),
+        Evidence(same, same, [[0.0]], Estimate(0.5, 0.4, 0.6), [PrefixQuality(4, pairs, None)]),
         Evidence(shorter, shorter, None, None, []),
     ]
     with_both = [replace(s, evidence=e) for s, e in zip(systems, evidence, strict=True)]
     report = report_of(with_both)
     header, first, second = exposure_table(report)
-    assert header[1:4] == [
-        "excess error, %, to 2 tokens",
-        "log-prob after 4 gold less own tokens",
-        "gold score after 4 gold less own tokens",
-    ]
+    assert header[1:3] == ["excess error, %, to 2 tokens", "log-prob after 4 gold less own tokens"]
+    assert not any(name.startswith("gold score after") for name in header), "nothing was scored"
     # five tokens without repetition; four bigrams that all eight share, 4 / 32; exp(0)
     nothing = "0.00 [0.00, 0.00]"
-    assert first[:5] == ["sft", nothing, "1.00 [1.00, 1.00]", "-", nothing]
-    assert first[6:] == ["1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]", "0.50"]
-    assert second[:5] == ["p|po", nothing, "-", "-", nothing] and second[7:] == ["-", "-"]
+    assert first[:4] == ["sft", nothing, "1.00 [1.00, 1.00]", nothing]
+    assert first[5:] == ["1.00 [1.00, 1.00]", "1.00 [1.00, 1.00]", "0.50 [0.40, 0.60]"]
+    assert second[:4] == ["p|po", nothing, "-", nothing] and second[6:] == ["-", "-"]
     assert all(len(row) == len(header) for row in (first, second))
     write_report(tmp_path, report, with_both, curves=None, num_samples=1)
     assert "](plots/excess_error.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
