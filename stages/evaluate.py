@@ -248,6 +248,7 @@ def score_all(
     are to the references.
     """
     results = []
+    bar = progress(len(generations), unit="system", description="score")
     known = [i for i, record in enumerate(records) if (record.reference or "").strip()]
     overlaps = [ReferenceScorer(kind, [records[i] for i in known]) for kind in (OVERLAPS if known else ())]
     for system, rows in generations.items():
@@ -260,6 +261,8 @@ def score_all(
         answered = [prompts[i] for i in known], [texts[i] for i in known]
         overlap = {scorer.name: scorer(*answered) for scorer in overlaps}
         results.append(Scored(system, rows, scores[0], scores[1], ratios, overlap=overlap))
+        bar.update()
+    bar.close()
     return results
 
 
