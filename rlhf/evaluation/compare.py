@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from rlhf.evaluation.exposure import Evidence, PrefixQuality
 from rlhf.evaluation.measures import (
     LEAST_ROWS,
@@ -17,6 +20,7 @@ from rlhf.evaluation.measures import (
     repetition,
     seq_rep,
 )
+from rlhf.evaluation.preferences import bradley_terry, length_controlled_win_rate, sample_size
 from rlhf.evaluation.statistics import bootstrap_mean, paired_difference, pearson, win_rate
 from rlhf.evaluation.systems import Generation, System
 
@@ -131,12 +135,13 @@ def _estimate(scores: Sequence[float] | None, **options: int) -> dict[str, float
 
 
 def compare(all_scored: Sequence[Scored], baseline: str, *, num_bootstrap: int, seed: int) -> dict[str, Any]:
-    """Win rates of every system against the baseline by gold and proxy, and paired differences by these and
-    by the measures against references.
+    """Win rates of every system against the baseline by gold and proxy, plain and length-controlled, the
+    strengths of all systems by both, and paired differences by these and by the measures against references,
+    with the number of prompts that it takes to see one of that size.
     """
     base = next(each for each in all_scored if each.system.name == baseline)
     options = {"num_bootstrap": num_bootstrap, "seed": seed}
-    rates, differences = [], []
+    rates, differences, strengths = [], [], {}
     for judge in ("gold", "proxy", *base.overlap):
         theirs = base.by(judge)
         for scored in all_scored:
@@ -144,10 +149,26 @@ def compare(all_scored: Sequence[Scored], baseline: str, *, num_bootstrap: int, 
             if scored is base or ours is None or theirs is None:
                 continue
             names = {"a": scored.system.name, "b": baseline, "judge": judge}
-            differences.append(names | vars(paired_difference(ours, theirs, **options)))
+            needed = sample_size(np.subtract(ours, theirs))
+            difference = vars(paired_difference(ours, theirs, **options))
+            differences.append(names | difference | {"prompts_needed": needed})
             if judge not in base.overlap:
-                rates.append(names | vars(win_rate(ours, theirs, **options)))
-    return {"win_rates": rates, "differences": differences}
+                lengths = [[len(g.tokens) for g in each.generations] for each in (scored, base)]
+                even = length_controlled_win_rate(_outcomes(ours, theirs), *lengths)
+                rates.append(
+                    names | vars(win_rate(ours, theirs, **options)) | {"length_controlled": vars(even)}
+                )
+        judged = {each.system.name: each.by(judge) for each in all_scored}
+        if judge not in base.overlap and len(judged) > 1 and None not in judged.values():
+            scores = np.array(list(judged.values())).T
+            found = bradley_terry(_outcomes(scores[:, :, None], scores[:, None, :]), **options)
+            strengths[judge] = {name: vars(each) for name, each in zip(judged, found, strict=True)}
+    return {"win_rates": rates, "differences": differences, "strengths": strengths}
+
+
+def _outcomes(scores_a: ArrayLike, scores_b: ArrayLike) -> NDArray[np.float64]:
+    """1 where a has more than b, .5 where as much, else 0."""
+    return (1 + np.sign(np.subtract(scores_a, scores_b))) / 2
 
 
 def verdict(report: dict[str, Any]) -> str:

@@ -24,6 +24,14 @@ EXPOSURE = (
     "after own ones. docs/exposure.md has each measure and its source."
 )
 OVERLAPS = {"rouge_l": "ROUGE-L", "bleu": "BLEU"}
+PREFERENCE_COLUMNS = (
+    *("system", "strength", "wins / ties / losses", "win rate", "the same at equal length"),
+    "prompts needed",
+)
+PREFERENCES = (
+    "A system beats another with probability sigmoid(difference of strengths) (Bradley-Terry). With as many "
+    "prompts as needed, a mean difference of the size seen is told from none in four of five evaluations."
+)
 COLUMNS = ("system", "gold", "proxy", "KL", "length", "ended", "rep-4", "distinct-2", "wins (gold)")
 
 
@@ -81,6 +89,32 @@ def exposure_table(report: dict[str, Any]) -> list[list[str]]:
     return [[cell for cell, keep in zip(row, shown, strict=True) if keep] for row in rows]
 
 
+def preference_table(report: dict[str, Any], judge: str) -> list[list[str]]:
+    """Who beats whom by a judge: a header, and a row a system, the strongest first, as text."""
+    rates = {each["a"]: each for each in report["win_rates"] if each["judge"] == judge}
+    needed = {each["a"]: each["prompts_needed"] for each in report["differences"] if each["judge"] == judge}
+    strengths = report["strengths"].get(judge, {})
+    order = sorted(report["systems"], key=lambda name: -strengths.get(name, {"mean": 0.0})["mean"])
+    rows = [list(PREFERENCE_COLUMNS)]
+    for name in order:
+        rate = rates.get(name)
+        counts = "-" if rate is None else " / ".join(f"{rate[key]:g}" for key in ("wins", "ties", "losses"))
+        cells = [] if rate is None else [rate | {"mean": rate["win_rate"]}, rate["length_controlled"]]
+        plain, even = map(_interval, cells or [None, None])
+        prompts = needed.get(name)
+        rows.append(
+            [
+                name,
+                _interval(strengths.get(name)),
+                counts,
+                plain,
+                even,
+                "-" if prompts is None else f"{prompts:.0f}",
+            ]
+        )
+    return rows
+
+
 def notes_in_words(report: dict[str, Any]) -> list[str]:
     """What a reader of the tables must know besides."""
     return [*report["notes"], *(f"failed check: {line}" for line in report["failed_checks"])]
@@ -130,7 +164,7 @@ def _markdown(
         f"{report['num_prompts']} unseen prompts, one response each; the same decoding, length limit and "
         "random numbers for all. Intervals are 95% (bootstrap over prompts). KL is to "
         f"`{report['reference']}`, a bound for best-of-n. Wins are against `{report['baseline']}`.\n\n"
-        f"{scores}\n{images}\n\n"
+        f"{scores}\n{images}\n\n{_preferences(report)}"
         f"## Exposure bias\n\n{EXPOSURE}\n\n{table(exposure_table(report))}\n{notes}\n"
         f"## Samples\n\n{_samples(scored, num_samples)}"
         "\n## How to reproduce\n\nIn an empty `runs=` folder:\n\n"
@@ -138,6 +172,13 @@ def _markdown(
         + "\n"
         + "".join(f"- {name} {version}\n" for name, version in report["versions"].items())
     )
+
+
+def _preferences(report: dict[str, Any]) -> str:
+    judges = [judge for judge in ("gold", "proxy") if any(r["judge"] == judge for r in report["win_rates"])]
+    tables = [f"By {judge}:\n\n{table(preference_table(report, judge))}\n" for judge in judges]
+    heading = f"## Who beats whom\n\nAgainst `{report['baseline']}`. {PREFERENCES}\n\n"
+    return heading + "".join(tables) if tables else ""
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -14,6 +14,7 @@ from rlhf.evaluation.exposure import Evidence, PrefixQuality
 from rlhf.evaluation.report import (
     COLUMNS,
     exposure_table,
+    preference_table,
     print_table,
     table_rows,
     training_rows,
@@ -156,3 +157,19 @@ def test_the_table_of_exposure_bias_by_hand(systems: list[Scored], tmp_path: Pat
     write_report(tmp_path, report, with_both, curves=None, num_samples=1)
     assert "](plots/excess_error.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert (tmp_path / "plots" / "excess_error.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_who_beats_whom_by_hand(systems: list[Scored], tmp_path: Path) -> None:
+    report = report_of(systems)
+    header, first, second = preference_table(report, "gold")
+    assert header[0] == "system" and (first[0], second[0]) == ("p|po", "sft"), "the strongest first"
+    won = len(HOSTILE)
+    assert first[2:4] == [f"{won} / 0 / 0", "1.00 [1.00, 1.00]"] and second[2:] == ["-"] * 4
+    # Wilson's lower end of n wins of n is n / (n + z^2), here at lengths that are equal
+    assert first[4] == f"1.00 [{won / (won + 1.959964**2):.2f}, 1.00]"
+    assert first[5] == "2", "the difference is the same for every prompt"
+    strength = report["strengths"]["gold"]["p|po"]["mean"]
+    assert strength > 3 and strength == pytest.approx(-report["strengths"]["gold"]["sft"]["mean"])
+    write_report(tmp_path, report, systems, curves=None, num_samples=1)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "## Who beats whom" in text and "By gold:" in text and "By proxy:" not in text
