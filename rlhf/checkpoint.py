@@ -33,6 +33,7 @@ from rlhf.processes import by_main
 FREE_ON_RESUME = {
     "runs",
     "name",
+    "store",
     "resume",
     "overwrite",
     "force",

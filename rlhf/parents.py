@@ -34,7 +34,8 @@ def inputs_of(config: Any) -> list[tuple[str, str, str]]:
     """
     found = [(key, getattr(config, key, None), "policy") for key in ("policy", "base", "calibration_policy")]
     for name, system in getattr(config, "systems", {}).items():
-        found.append((f"systems.{name}", system if isinstance(system, str) else system["path"], "policy"))
+        path = system if isinstance(system, str) else system.get("path")  # none where it is saved responses
+        found.append((f"systems.{name}", path, "policy"))
     if getattr(config, "oracle", None) != config.model.path:  # the base can be done without
         found.append(("oracle", getattr(config, "oracle", None), "policy"))
     found.append(("critic", getattr(config, "critic", None), "reward_model"))

@@ -288,6 +288,7 @@ class EvaluateConfig(StageConfig):
     reward: dict[str, Any]
     proxy: dict[str, Any] | None
     gold: dict[str, Any] | None
+    store: str
     oracle: str | None
     prefix_lengths: list[int] | None
     bootstrap: int

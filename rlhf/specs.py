@@ -19,7 +19,7 @@ SCORER_KEYS = {
 }
 OPTIONAL = {"train", "classifier", "scale"}  # of a scorer's keys
 SOURCE_KEYS = {"path", "split", "subset", "part", "limit", "revision", "columns"}
-SYSTEM_KEYS = {"path", "decoding", "best_of"}
+SYSTEM_KEYS = {"path", "decoding", "best_of", "generations"}
 
 
 def check_source(key: str, source: Any) -> None:
@@ -57,16 +57,19 @@ def check_scorer(key: str, spec: dict[str, Any]) -> None:
 
 
 def check_systems(systems: dict[str, Any], baseline: str | None, decoding: Decoding) -> None:
-    """Raise ValueError unless every system is a path or {path, best_of, decoding}."""
+    """Raise ValueError unless every system is a path, {path, best_of, decoding} or {generations: file}."""
     if not systems:
         raise ValueError("systems={}: give at least one, for instance systems='{mine: path/to/model}'")
     for name, system in systems.items():
         key = f"systems.{name}"
         if isinstance(system, str):
             continue
-        if not isinstance(system, dict) or not isinstance(system.get("path"), str):
+        if isinstance(system, dict) and isinstance(system.get("generations"), str) and len(system) == 1:
+            continue
+        if not isinstance(system, dict) or not isinstance(system.get("path"), str) or "generations" in system:
             raise ValueError(
-                f"{key}={system!r}: give a path, or {{path: ..., best_of: 4, decoding: {{...}}}}"
+                f"{key}={system!r}: give a path, {{path: ..., best_of: 4, decoding: {{...}}}}, or "
+                "{generations: file} alone"
             )
         _check_keys(key, system, SYSTEM_KEYS)
         own = system.get("decoding") or {}

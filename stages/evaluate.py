@@ -4,8 +4,7 @@ and gold.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,16 @@ from rlhf.checkpoint import library_versions
 from rlhf.decoding import decoding_in
 from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.compare import Scored, common_length, compare, equals_oracle, summarise, verdict
-from rlhf.evaluation.exposure import Instruments, load_evidence, measure, save_evidence, why_no_mauve
+from rlhf.evaluation.exposure import why_no_mauve
 from rlhf.evaluation.measures import LEAST_ROWS
-from rlhf.evaluation.report import COLUMNS, OVERLAPS, notes_in_words, print_table, table_rows, write_report
-from rlhf.evaluation.systems import (
-    Generation,
-    System,
-    build_systems,
-    check_choosers,
-    generate,
-    load_generations,
-    reference_logprobs,
-    save_generations,
-)
-from rlhf.metrics import progress
-from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters, same_tokenizer
+from rlhf.evaluation.passes import Evaluation, measure_all, sample_all, score_all
+from rlhf.evaluation.report import COLUMNS, notes_in_words, print_table, table_rows, write_report
+from rlhf.evaluation.store import Store
+from rlhf.evaluation.systems import System, build_systems, check_choosers
+from rlhf.models.loading import load_codec, num_parameters, same_tokenizer
 from rlhf.parents import Parent, failed_checks, find_parent, lineage, model_paths
-from rlhf.processes import by_main
 from rlhf.records import PromptRecord
-from rlhf.reference_scorers import ReferenceScorer
-from rlhf.rewards import build_scorer, checked_scores
-from rlhf.sampling.policy import Policy
+from rlhf.rewards import build_scorer
 from stages.common import Stage, resolved
 
 
@@ -43,13 +31,15 @@ def main(overrides: list[str]) -> None:
     stage = Stage("evaluate", overrides)
     config, folder = stage.config, stage.folder
     systems = build_systems(config.systems, decoding_in(config))
-    systems = [System(s.name, resolved(s.path, config.model), s.decoding, s.best_of) for s in systems]
+    systems = [s if s.is_saved else replace(s, path=resolved(s.path, config.model)) for s in systems]
     parents = stage.find_parents()
     for system in systems:  # a name that leads nowhere is found before the first sample
-        load_codec(system.path, config)
+        if not system.is_saved:
+            load_codec(system.path, config)
     seed_everything(config.seed)
     baseline = config.baseline or ("sft" if "sft" in config.systems else systems[0].name)
-    named = config.reference or next(s.path for s in systems if s.name == baseline)
+    policies = sorted((s for s in systems if not s.is_saved), key=lambda s: s.name != baseline)
+    named = config.reference or next((s.path for s in policies), config.model.path)
     reference = resolved(named, config.model)
     prompts = stage.read(
         config.data.prompts.evaluate, "prompts", "data.prompts.evaluate", limit=config.num_prompts
@@ -72,13 +62,11 @@ def main(overrides: list[str]) -> None:
     oracle, notes = find_oracle(config, systems)
     stage.begin()
 
-    policies = functools.lru_cache(maxsize=1)(functools.partial(load_policy, config=config, engine=engine))
-    generations = sample_all(stage, systems, prompts, policies, proxy)
-    policies.cache_clear()
-    scored = score_all(config, generations, prompts, load_policy(reference, config, engine), (proxy, gold))
-    judge = None if oracle is None else load_policy(oracle, config, engine, key="oracle")
-    instruments = Instruments(judge, gold, config.prefix_lengths or [], config.batch_size, config.seed)
-    scored = measure_all(stage, scored, prompts, policies, instruments)
+    store = Store(Path(config.store))
+    scorers = {"proxy": proxy, "gold": gold}
+    evaluation = Evaluation(config, engine, prompts, reference, scorers, store)
+    scored = score_all(evaluation, sample_all(evaluation, systems))
+    scored = measure_all(evaluation, scored, oracle)
     options = {"num_bootstrap": config.bootstrap, "seed": config.seed}
     entries = {each.system.name: summarise(each, reference=reference, **options) for each in scored}
     report: dict[str, Any] = {
@@ -105,7 +93,6 @@ def main(overrides: list[str]) -> None:
     )
     results = {name: {k: v for k, v in e.items() if k != "exposure"} for name, e in entries.items()}
     folder.finish("report", parents=parents, checks=[], results=results, **stage.cost(), **stage.facts)
-    folder.drop_states()
     print_table([list(COLUMNS), *table_rows(report)])
     for note in notes_in_words(report):
         print(note)
@@ -163,6 +150,7 @@ def find_oracle(config: Any, systems: Sequence[System]) -> tuple[str | None, lis
         if by_default:
             return None, [f"no oracle: {error}"]
         raise ValueError(f"oracle={config.oracle}: {error}") from error
+    systems = [system for system in systems if not system.is_saved]
     others = [s.name for s in systems if not same_tokenizer(s.path, path, config.model)]
     if len(others) < len(systems):
         left_out = [f"not measured by the oracle, which has another tokenizer: {', '.join(others)}"]
@@ -205,106 +193,3 @@ def checks_failed_before(parents: Sequence[Parent]) -> list[str]:
     return [
         f"{key}: {line}" for key, own in records.items() for record in own for line in failed_checks(record)
     ]
-
-
-def sample_all(
-    stage: Stage,
-    systems: list[System],
-    prompts: Any,
-    policies: Callable[[str], Policy],
-    proxy: Any,
-) -> dict[System, list[Generation]]:
-    """The generations of every system; those that an interrupted run finished are read back."""
-    config, store = stage.config, stage.folder.path / "state"
-    store.mkdir(exist_ok=True)
-    bar = progress(len(systems) * len(prompts), unit="response", description="evaluate")
-    generations = {}
-    for system in systems:
-        path = store / f"{system.name}.jsonl"
-        if not path.exists():
-            found = generate(
-                system,
-                policies(system.path),
-                prompts,
-                proxy=proxy,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                bar=bar,
-            )
-            save_generations(path, found)
-        generations[system] = load_generations(path)
-    bar.close()
-    return generations
-
-
-def score_all(
-    config: Any,
-    generations: dict[System, list[Generation]],
-    records: Sequence[PromptRecord],
-    reference: Policy,
-    scorers: Sequence[Any],
-) -> list[Scored]:
-    """Proxy and gold scores of all generations, their log-ratios to the reference policy, and how near they
-    are to the references.
-    """
-    results = []
-    bar = progress(len(generations), unit="system", description="score")
-    known = [i for i, record in enumerate(records) if (record.reference or "").strip()]
-    overlaps = [ReferenceScorer(kind, [records[i] for i in known]) for kind in (OVERLAPS if known else ())]
-    for system, rows in generations.items():
-        prompts, texts = [g.prompt for g in rows], [g.response for g in rows]
-        scores = [None if s is None else checked_scores(s, prompts, texts).tolist() for s in scorers]
-        ratios = None
-        if same_tokenizer(system.path, reference.codec.tokenizer.name_or_path, config.model):
-            logprobs = reference_logprobs(reference, rows, temperature=config.decoding.temperature)
-            ratios = [g.logprob - logprob for g, logprob in zip(rows, logprobs, strict=True)]
-        answered = [prompts[i] for i in known], [texts[i] for i in known]
-        overlap = {scorer.name: scorer(*answered) for scorer in overlaps}
-        results.append(Scored(system, rows, scores[0], scores[1], ratios, overlap=overlap))
-        bar.update()
-    bar.close()
-    return results
-
-
-def measure_all(
-    stage: Stage,
-    scored: Sequence[Scored],
-    prompts: Sequence[PromptRecord],
-    policies: Callable[[str], Policy],
-    instruments: Instruments,
-) -> list[Scored]:
-    """The systems with the evidence of their exposure bias; that of an interrupted run is read back."""
-    oracle, found = instruments.oracle, []
-    if oracle is None and not instruments.prefix_lengths:
-        return list(scored)
-    bar = progress(len(scored), unit="system", description="exposure bias")
-    paths = [stage.folder.path / "state" / f"{each.system.name}.exposure.json" for each in scored]
-    due = missing(paths)
-    gold_kl: dict[str, Any] = {}  # of a policy, whatever its decoding
-    for each, path in zip(scored, paths, strict=True):
-        system = each.system
-        if path in due:
-            fits = oracle is not None and same_tokenizer(
-                system.path, oracle.codec.tokenizer.name_or_path, stage.config.model
-            )
-            own = instruments if fits else replace(instruments, oracle=None)
-            policy, known = policies(system.path), gold_kl.get(system.path)
-            save_evidence(path, measure(system, policy, each.generations, prompts, own, gold_kl=known))
-        evidence = load_evidence(path)
-        gold_kl[system.path] = evidence.gold_kl
-        found.append(replace(each, evidence=evidence))
-        bar.update()
-    bar.close()
-    return found
-
-
-@by_main  # asked together, before any process writes one
-def missing(paths: Sequence[Path]) -> list[Path]:
-    """Those that do not exist."""
-    return [path for path in paths if not path.exists()]
-
-
-def load_policy(path: str, config: Any, engine: Any, *, key: str = "systems") -> Policy:
-    """A frozen policy from a checkpoint folder or hub name."""
-    model = load_causal_lm(path, load_options(config.model, engine, trained=False), key=key)
-    return Policy(model, load_codec(path, config), engine)

@@ -55,7 +55,7 @@ def paths_in(name: str, value: Any) -> list[tuple[str, str]]:
     if "kind" in value:
         kept = {key: value.get(key) for key in ("path", "train", "function", "parts")}
     else:
-        kept = {"path": value["path"]} if "path" in value else value
+        kept = {"path": value["path"]} if "path" in value else value  # or systems, or {generations: file}
     return [found for key, part in kept.items() for found in paths_in(f"{name}.{key}", part)]
 
 

@@ -189,23 +189,41 @@ def test_evaluation_reads_back_what_was_sampled(tiny_run: Path, tmp_path: Path) 
     run = tmp_path / "runs" / tiny_run.name
     shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("evaluate"))
     words = [f"runs={run.parent}", *SMALL["evaluate"], "force=true"]
-    sampled = run / "evaluate" / "state" / "sft.jsonl"
-    assert run_until(sampled.exists, "evaluate", *words).status == -9
-    before = sampled.stat().st_mtime_ns
+    store = run.parent / ".evaluated"
+
+    def kept(kind: str) -> dict[str, int]:
+        return {str(file): file.stat().st_mtime_ns for file in (store / kind).glob("*.json")}
+
+    assert run_until(lambda: len(kept("generations")) > 1, "evaluate", *words).status == -9
+    before = kept("generations")
     assert "resume=true" in run_stage("evaluate", *words).error
     other = run_stage("evaluate", *words, "resume=true", "decoding.temperature=0.5")
     assert "decoding.temperature (1.0 -> 0.5)" in other.error
-    assert sampled.stat().st_mtime_ns == before
-    measured = run / "evaluate" / "state" / "sft.exposure.json"
-    assert run_until(measured.exists, "evaluate", *words, "resume=true").status == -9
-    assert sampled.stat().st_mtime_ns == before
+    assert kept("generations") == before
+    assert run_until(lambda: bool(kept("exposure")), "evaluate", *words, "resume=true").status == -9
+    assert kept("generations").items() >= before.items()
+    measured = kept("exposure")
     assert run_stage("evaluate", *words, "resume=true").status == 0
+    assert kept("exposure").items() >= measured.items()
     reports = [read_json(each / "evaluate" / "report.json") for each in (run, tiny_run)]
     ours, theirs = (
         json.dumps(report["systems"]).replace(str(at), "")
         for report, at in zip(reports, (run, tiny_run), strict=True)
     )
     assert ours == theirs
+    # again, with one system more, from elsewhere: the others are neither sampled, scored nor measured
+    everything = {kind: kept(kind) for kind in ("generations", "scores", "logprobs", "exposure")}
+    assert all(everything.values())
+    saved = shutil.copy(run / "evaluate" / "generations" / "sft.jsonl", tmp_path / "saved.jsonl")
+    added = f"systems.other={{generations: {saved}}}"
+    assert run_stage("evaluate", *words, "overwrite=true", added).status == 0
+    again = read_json(run / "evaluate" / "report.json")["systems"]
+    other = again.pop("other")
+    assert again == reports[0]["systems"]
+    assert (other["kl"], other["share_ended"]) == (None, None) and other["gold"] is not None
+    assert {kind: kept(kind) for kind in ("generations", "logprobs", "exposure")} == {
+        kind: found for kind, found in everything.items() if kind != "scores"
+    }
 
 
 def test_other_settings_are_refused_by_name(tiny_run: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def summarise(scored: Scored, *, reference: str, num_bootstrap: int, seed: int) 
         "gold": _estimate(scored.gold, **options),
         "overlap": {kind: _estimate(scores, **options) for kind, scores in scored.overlap.items()},
         "length": sum(lengths) / len(lengths),
-        "share_ended": sum(g.ended for g in generations) / len(generations),
+        "share_ended": None if scored.system.is_saved else _mean([bool(g.ended) for g in generations]),
         "rep_4": seq_rep(tokens, 4),
         "distinct_2": distinct_n(tokens, 2, length=DISTINCT_LENGTH),
         "gold_length_correlation": None if scored.gold is None else pearson(scored.gold, lengths),
@@ -128,6 +128,10 @@ def common_length(entries: Sequence[dict[str, Any]]) -> int | None:
     """The largest length at which all systems that have an excess error have one; None where none has."""
     errors = [entry["exposure"]["excess_error"] for entry in entries]
     return min((each[-1]["length"] for each in errors if each), default=None)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _estimate(scores: Sequence[float] | None, **options: int) -> dict[str, float] | None:

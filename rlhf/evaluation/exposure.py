@@ -7,10 +7,8 @@ read the same tokens, which the policy's codec makes. P prompts, R response posi
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +19,6 @@ from rlhf.batches import Rollout
 from rlhf.evaluation.measures import LEAST_ROWS
 from rlhf.evaluation.statistics import Estimate, Floats
 from rlhf.evaluation.systems import Generation, System, Tokens, by_batches, by_rows, token_logprobs
-from rlhf.files import write_text
 from rlhf.models.forward import last_states, response_divergence
 from rlhf.processes import by_main
 from rlhf.records import PromptRecord
@@ -235,17 +232,10 @@ def _mauve_of_histograms(p: Floats, q: Floats) -> Floats:
     return np.sum((x[:-1] - x[1:]) * (y[:-1] + y[1:]) / 2, axis=0)
 
 
-def save_evidence(path: Path, evidence: Evidence) -> None:
-    """Write a system's evidence, whole or not at all."""
-    write_text(path, json.dumps(asdict(evidence)) + "\n")
-
-
-def load_evidence(path: Path) -> Evidence:
-    """Read what `save_evidence` wrote."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    found["prefixes"] = [PrefixQuality(**each) for each in found["prefixes"]]
-    found["mauve"] = found["mauve"] and Estimate(**found["mauve"])
-    return Evidence(**found)
+def evidence_from(found: dict[str, Any]) -> Evidence:
+    """Evidence from what `dataclasses.asdict` made of it."""
+    prefixes = [PrefixQuality(**each) for each in found["prefixes"]]
+    return Evidence(**found | {"prefixes": prefixes, "mauve": found["mauve"] and Estimate(**found["mauve"])})
 
 
 def _mean(numbers: Sequence[float]) -> float:

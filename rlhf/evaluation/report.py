@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def table_rows(report: dict[str, Any]) -> list[list[str]]:
                 _interval(entry["proxy"]),
                 kl,
                 f"{entry['length']:.1f}",
-                f"{entry['share_ended']:.0%}",
+                "-" if entry["share_ended"] is None else f"{entry['share_ended']:.0%}",
                 f"{entry['rep_4']:.3f}",
                 f"{entry['distinct_2']:.2f}",
                 "-" if rate is None else f"{rate['win_rate']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]",
@@ -131,8 +131,13 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 def write_report(
     folder: Path, report: dict[str, Any], scored: Sequence[Scored], *, curves: Path | None, num_samples: int
 ) -> None:
-    """Write report.json, the plots and report.md into a stage folder."""
+    """Write report.json, the plots, report.md and every response with its scores into a stage folder."""
     write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    responses = folder / "generations"
+    responses.mkdir(exist_ok=True)
+    for each in scored:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(each)]
+        write_text(responses / f"{each.system.name}.jsonl", "".join(lines))
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     names = [plot_scores(report, plots / "scores.png"), plot_diversity(report, plots / "diversity.png")]
@@ -144,6 +149,12 @@ def write_report(
     write_text(
         folder / "report.md", _markdown(report, scored, [f"plots/{name}" for name in names], num_samples)
     )
+
+
+def _rows(scored: Scored) -> Iterator[dict[str, Any]]:
+    scores = {"gold": scored.gold, "proxy": scored.proxy}
+    for i, generation in enumerate(scored.generations):
+        yield vars(generation) | {judge: found[i] for judge, found in scores.items() if found is not None}
 
 
 def training_rows(metrics: Path) -> list[dict[str, float]]:

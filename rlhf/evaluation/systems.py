@@ -7,22 +7,21 @@ numbers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from rlhf.batches import Rollout, join, left_pad
 from rlhf.decoding import Decoding, system_decoding
-from rlhf.files import write_text
 from rlhf.models.forward import response_logprobs
 from rlhf.processes import ALONE
-from rlhf.records import PromptRecord
+from rlhf.records import PromptRecord, make_sources, prompt_key, read_records
 from rlhf.rewards import checked_scores
+from rlhf.rows import shorten
 from rlhf.sampling.policy import Policy
+from rlhf.text import TextCodec
 
 Tokens: TypeAlias = Sequence[list[int]]
 T = TypeVar("T")
@@ -31,30 +30,38 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class System:
-    """A checkpoint (folder or hub name), how it decodes, and whether the best of n samples is taken."""
+    """A checkpoint (folder or hub name), how it decodes, and whether the best of n samples is taken; or, with
+    `is_saved`, a file of responses that came from elsewhere.
+    """
 
     name: str
     path: str
     decoding: Decoding
     best_of: int = 1
+    is_saved: bool = False
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One response of a system: its text and tokens, and its log-prob under the way it was decoded."""
+    """One response of a system: its text and tokens, whether it ended, and its log-prob under the way it was
+    decoded; the last two are None where it came from elsewhere.
+    """
 
     prompt: Any
     response: str
     tokens: list[int]
-    ended: bool
-    logprob: float
+    ended: bool | None
+    logprob: float | None
 
 
 def build_systems(specs: dict[str, Any], decoding: Decoding) -> list[System]:
-    """Systems from the `systems` key: a path, or {path, decoding: {...}, best_of: n}."""
+    """Systems from the `systems` key: a path, {path, decoding: {...}, best_of: n}, or {generations: file}."""
     systems = []
     for name, spec in specs.items():
         spec = {"path": spec} if isinstance(spec, str) else spec
+        if "generations" in spec:
+            systems.append(System(name, spec["generations"], decoding, is_saved=True))
+            continue
         own = system_decoding(name, spec.get("decoding"), decoding)
         systems.append(System(name, spec["path"], own, int(spec.get("best_of") or 1)))
     return systems
@@ -173,14 +180,25 @@ def by_rows(
     return [rows[place] for place in torch.cat(pieces).argsort().tolist()]
 
 
-def save_generations(path: Path, generations: Sequence[Generation]) -> None:
-    """Write a system's generations, whole or not at all."""
-    write_text(path, "".join(json.dumps(asdict(g), ensure_ascii=False) + "\n" for g in generations))
+def saved_responses(
+    system: System, records: Sequence[PromptRecord], codec: TextCodec, *, on_bad_row: str
+) -> list[Generation]:
+    """The responses of a file to all prompts, of several to one prompt the first; tokens are the codec's.
 
-
-def load_generations(path: Path) -> list[Generation]:
-    """Read what `save_generations` wrote; texts may hold line separators of Unicode, so only newlines part
-    them.
+    Raises ValueError for a prompt that it has no response to.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [Generation(**json.loads(line)) for line in lines]
+    key = f"systems.{system.name}.generations"
+    given: dict[str, str] = {}
+    for row in read_records(make_sources(system.path, key), "demonstrations", on_bad_row=on_bad_row).records:
+        given.setdefault(prompt_key(row.prompt), row.response)
+    missing = [record for record in records if prompt_key(record.prompt) not in given]
+    if missing:
+        raise ValueError(
+            f"{key}={system.path} has no response to {len(missing)} of {len(records)} prompts, the first of "
+            f"them {shorten(missing[0].prompt)}; give it rows with `prompt` and `response` for all of them"
+        )
+    texts = [given[prompt_key(record.prompt)] for record in records]
+    return [
+        Generation(record.prompt, text, codec.encode_response(text), None, None)
+        for record, text in zip(records, texts, strict=True)
+    ]

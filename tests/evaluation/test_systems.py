@@ -1,6 +1,7 @@
 """Systems: how they are named, sampled, chosen from, and measured against a reference."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,15 @@ import torch
 
 from rlhf.decoding import Decoding
 from rlhf.engine import Engine
+from rlhf.evaluation.store import Store
 from rlhf.evaluation.systems import (
     Generation,
     System,
     build_systems,
     check_choosers,
     generate,
-    load_generations,
     reference_logprobs,
-    save_generations,
+    saved_responses,
 )
 from rlhf.metrics import progress
 from rlhf.models.loading import LoadOptions, load_causal_lm, load_tokenizer
@@ -143,5 +144,30 @@ def test_generations_survive_the_disk(policy: Policy, tmp_path: Path) -> None:
         *sampled(policy),
         Generation([{"role": "user", "content": "é 😀\u2028"}], "\n", [1], False, -0.1),
     ]
-    save_generations(tmp_path / "s.jsonl", found)
-    assert load_generations(tmp_path / "s.jsonl") == found
+    store = Store(tmp_path / "store")
+    for _ in range(2):
+        again = store.kept(
+            "generations",
+            {"seed": 1},
+            lambda: found,
+            dump=lambda rows: [asdict(row) for row in rows],
+            load=lambda rows: [Generation(**row) for row in rows],
+        )
+        assert again == found
+
+
+def test_responses_from_elsewhere_are_told_by_their_prompts(policy: Policy, tmp_path: Path) -> None:
+    place = tmp_path / "others.jsonl"
+    rows = [{"prompt": prompt.prompt, "response": f" answer {i}"} for i, prompt in enumerate(PROMPTS)]
+    more = [{"prompt": "of another set", "response": "x"}, {"prompt": PROMPTS[0].prompt, "response": "later"}]
+    place.write_text("".join(json.dumps(row) + "\n" for row in [*rows[::-1], *more]), encoding="utf-8")
+    [system] = build_systems({"other": {"generations": str(place)}}, DECODING)
+    found = saved_responses(system, PROMPTS, policy.codec, on_bad_row="stop")
+    assert [g.response for g in found] == [row["response"] for row in rows]
+    assert {(g.ended, g.logprob) for g in found} == {(None, None)}
+    assert [policy.codec.decode_response(g.tokens) for g in found] == [g.response for g in found]
+    unknown = [*PROMPTS, PromptRecord("not in it")]
+    with pytest.raises(
+        ValueError, match=r"systems.other.generations=.* no response to 1 of 6 prompts.*'not in"
+    ):
+        saved_responses(system, unknown, policy.codec, on_bad_row="stop")
