@@ -34,6 +34,7 @@ FREE_ON_RESUME = {
     "runs",
     "name",
     "store",
+    "gate",
     "resume",
     "overwrite",
     "force",

@@ -289,6 +289,7 @@ class EvaluateConfig(StageConfig):
     proxy: dict[str, Any] | None
     gold: dict[str, Any] | None
     store: str
+    gate: str | None
     oracle: str | None
     prefix_lengths: list[int] | None
     bootstrap: int

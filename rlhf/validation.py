@@ -9,6 +9,7 @@ from typing import Any
 from rlhf.decoding import decoding_in
 from rlhf.deepspeed_config import check_has_stage
 from rlhf.discriminator_settings import check_discriminator, is_adversarial, refuse_elsewhere
+from rlhf.gates import parse_gates
 from rlhf.settings import (
     WEIGHTS,
     Adapter,
@@ -122,6 +123,7 @@ def check_config(config: StageConfig) -> None:
             if spec is not None:
                 check_scorer(key, spec)
         check_systems(config.systems, config.baseline, decoding_in(config))
+        parse_gates(config.gate, list(config.systems))
 
 
 def _check_adapter(adapter: Adapter) -> None:

@@ -76,7 +76,7 @@ def read_words(words: list[str]) -> tuple[str, list[str]]:
     from rlhf.config import PROGRAMS
     from rlhf.hints import hint, nearest
 
-    known = ("all", *PROGRAMS, "test")
+    known = ("all", *PROGRAMS, "compare", "test")
     named = [word.partition("=")[2] for word in words if word.startswith("stage=")]
     overrides = [word for word in words if not word.startswith("stage=")]
     if len(named) != 1:
@@ -129,9 +129,9 @@ def run(stage: str, overrides: list[str]) -> int:
         elif place_of(config).count > 1:
             make_inputs(config)
             return launch(stage, overrides, config)
-    importlib.import_module(f"stages.{stage}").main(overrides)
+    status = importlib.import_module(f"stages.{stage}").main(overrides)
     leave()
-    return 0
+    return status or 0
 
 
 def check_here(config: Any) -> None:
@@ -175,8 +175,20 @@ def run_exposure(overrides: list[str]) -> int:
     return exposure.run(overrides)
 
 
+def run_compare(overrides: list[str]) -> int:
+    """Resolve the settings of a comparison of two systems, then show them or run it."""
+    from stages import compare
+    from stages.show import show
+
+    config, _ = compare.plan(overrides)
+    if config.show:
+        show("evaluate", config)
+        return 0
+    return compare.run(overrides)
+
+
 # the programs that run stages, each a process of its own
-SEVERAL = {"all": run_all, "exposure": run_exposure}
+SEVERAL = {"all": run_all, "exposure": run_exposure, "compare": run_compare}
 
 
 def close_bars() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf.checkpoint import changed_settings
 from rlhf.config import PROJECT_DIR, load_config, resolved_yaml, split_overrides
+from rlhf.gates import GATE_STATUS
 from rlhf.parents import replaced_parent
 from stages import COMMAND_VARIABLE
 from stages.common import check_data, without_run_mode
@@ -40,6 +41,7 @@ def run(configs: Configs, overrides: list[str]) -> int:
     skipped, again = reasons_to_skip(configs)
     check_data((stage, config) for stage, config in configs.items() if stage not in skipped)
     minutes: dict[str, float] = {}
+    status = 0
     for number, (stage, config) in enumerate(configs.items(), start=1):
         headline = f"[{number}/{len(configs)}] {stage}"
         if stage in skipped:
@@ -51,16 +53,16 @@ def run(configs: Configs, overrides: list[str]) -> int:
             print("  again, as what it stood on is being replaced", flush=True)
             words[stage] = [*without_run_mode(words[stage]), "overwrite=true"]
         child = [sys.executable, str(ENTRY_POINT), f"stage={stage}", *words[stage]]
-        status = run_child(child, **{COMMAND_VARIABLE: shlex.join(command)})
+        status = run_child(child, {COMMAND_VARIABLE: shlex.join(command)})
         minutes[stage] = (time.monotonic() - start) / 60
-        if status != 0:
+        if status not in (0, GATE_STATUS):
             interrupted = status in (128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM)
             how = "interrupted" if interrupted else f"failed with status {status}; with its cause mended"
             resumed = shlex.join([*command, "resume=true"])
             print(f"stage {stage} {how}, go on with: {resumed}", file=sys.stderr)
             return status
     _print_end(configs, minutes)
-    return 0
+    return status
 
 
 def stage_folder(stage: str, config: Any) -> Path:
@@ -107,14 +109,17 @@ def reasons_to_skip(configs: Configs) -> tuple[dict[str, str], set[str]]:
     return skipped, again
 
 
-def run_child(command: list[str], **environment: str) -> int:
+def run_child(command: list[str], environment: dict[str, str], *, stdout: int | None = None) -> int:
     """Run a command in its own process group, hand signals on to it, and return the status a shell would.
 
-    `environment` is added to this process's.
+    `environment` is added to this process's; `stdout` as subprocess takes it.
     """
     path = os.pathsep.join(filter(None, [str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]))
     child = subprocess.Popen(
-        command, env={**os.environ, **environment, "PYTHONPATH": path}, start_new_session=True
+        command,
+        env={**os.environ, **environment, "PYTHONPATH": path},
+        start_new_session=True,
+        stdout=stdout,
     )
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, lambda given, _: child.send_signal(given)) for number in numbers}

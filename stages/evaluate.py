@@ -14,11 +14,13 @@ from rlhf.decoding import decoding_in
 from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.compare import Scored, common_length, compare, equals_oracle, summarise, verdict
 from rlhf.evaluation.exposure import why_no_mauve
+from rlhf.evaluation.gates import outcome
 from rlhf.evaluation.measures import LEAST_ROWS
 from rlhf.evaluation.passes import Evaluation, measure_all, sample_all, score_all
 from rlhf.evaluation.report import COLUMNS, notes_in_words, print_table, table_rows, write_report
 from rlhf.evaluation.store import Store
 from rlhf.evaluation.systems import System, build_systems, check_choosers
+from rlhf.gates import GATE_STATUS, parse_gates
 from rlhf.models.loading import load_codec, num_parameters, same_tokenizer
 from rlhf.parents import Parent, failed_checks, find_parent, lineage, model_paths
 from rlhf.records import PromptRecord
@@ -26,8 +28,8 @@ from rlhf.rewards import build_scorer
 from stages.common import Stage, resolved
 
 
-def main(overrides: list[str]) -> None:
-    """Write report.json, report.md and plots, and print the table."""
+def main(overrides: list[str]) -> int:
+    """Write report.json, report.md and plots, and print the table. Returns the exit status."""
     stage = Stage("evaluate", overrides)
     config, folder = stage.config, stage.folder
     systems = build_systems(config.systems, decoding_in(config))
@@ -85,6 +87,8 @@ def main(overrides: list[str]) -> None:
         **compare(scored, baseline, **options),
         "commands": commands(stage, parents),
     }
+    gates = parse_gates(config.gate, list(entries))
+    report["gates"] = [vars(outcome(gate, report, scored, **options)) for gate in gates]
     report["verdict"] = verdict(report)
     report["versions"] = library_versions()
     ppo = next((s.path for s in systems if s.name == "ppo"), systems[-1].path)
@@ -97,6 +101,7 @@ def main(overrides: list[str]) -> None:
     for note in notes_in_words(report):
         print(note)
     print(f"{report['verdict']}\nreport: {folder.path / 'report.md'} ({stage.cost_in_words()})")
+    return 0 if all(gate["passed"] for gate in report["gates"]) else GATE_STATUS
 
 
 def commands(stage: Stage, parents: list[Parent]) -> list[str]:

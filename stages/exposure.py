@@ -18,6 +18,7 @@ from typing import Any
 
 from rlhf.config import decoding_changes, load_config, split_overrides
 from rlhf.discriminator_settings import KIND
+from rlhf.gates import GATE_STATUS
 from rlhf.hints import hint
 from rlhf.parents import failed_checks, inputs_of, replaced_parent
 from rlhf.settings import ComparisonConfig
@@ -205,6 +206,7 @@ def run(overrides: list[str]) -> int:
     command = ["./launch.sh", "stage=exposure", *without_run_mode(overrides)]
     steps = [step for steps in seeds for step in steps]
     check_data((step.stage, step.config) for step in steps if not step.finished)
+    not_passed = 0
     for number, step in enumerate(steps, start=1):
         done = "finished in " if step.finished else ""
         print(f"[{number}/{len(steps)}] {step.label}: {done}{step.folder}", flush=True)
@@ -213,8 +215,8 @@ def run(overrides: list[str]) -> int:
         started = time.monotonic()
         words = [f"stage={step.stage}", *step.words]
         own = shlex.join(["./launch.sh", *without_run_mode(words)])
-        status = run_child([sys.executable, str(ENTRY_POINT), *words], **{COMMAND_VARIABLE: own})
-        if status != 0:
+        status = run_child([sys.executable, str(ENTRY_POINT), *words], {COMMAND_VARIABLE: own})
+        if status not in (0, GATE_STATUS):
             resumed = shlex.join([*command, "resume=true"])
             print(f"{step.label} ended with status {status}; go on with: {resumed}", file=sys.stderr)
             return status
@@ -222,6 +224,7 @@ def run(overrides: list[str]) -> int:
             resumed = shlex.join([*command, "resume=true", "force=true"])
             print(f"{unfit}. Mend it, or go on as it is: {resumed}", file=sys.stderr)
             return 1
+        not_passed = max(not_passed, status)
         print(f"  {(time.monotonic() - started) / 60:.1f} min", flush=True)
     from rlhf.evaluation.exposure_report import FIRST_COLUMNS, comparison_table, write_comparison
     from rlhf.evaluation.report import print_table
@@ -230,7 +233,7 @@ def run(overrides: list[str]) -> int:
     report = write_comparison(folder, evaluated, [step.folder for step in steps], shlex.join(command))
     print_table([row[: len(FIRST_COLUMNS)] for row in comparison_table(report)])
     print(f"report: {folder / 'report.md'}")
-    return 0
+    return not_passed
 
 
 def why_unfit(step: Step, later: Sequence[Step]) -> str | None:

@@ -18,6 +18,7 @@ import psutil
 
 from rlhf.checkpoint import StageFolder
 from rlhf.config import PROJECT_DIR
+from rlhf.gates import GATE_STATUS
 from rlhf.processes import ADDRESS, COUNT, LOCAL_RANK, RANK
 from rlhf.sources import nearest_existing
 
@@ -171,7 +172,7 @@ def _ending(children: list[subprocess.Popen[bytes]], place: Place, *, saved: boo
     local, status = next(
         ((i, child.returncode) for i, child in enumerate(children) if child.returncode), (0, 0)
     )
-    if status < 0 or status not in (0, 2, 130):
+    if status < 0 or status not in (0, 2, GATE_STATUS, 130):
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         then = " What was saved before is good: resume=true goes on from there" if saved else ""
         print(

@@ -15,6 +15,7 @@ LAYERS = {
     "settings": 1,
     "validation": 1,
     "specs": 1,
+    "gates": 1,
     "config": 1,
     "batches": 1,
     "checks": 1,

@@ -99,6 +99,7 @@ def write_comparison(
         report |= {"name": folder.parent.name, "reference": report["baseline"]}  # each seed's own
     report |= {
         "notes": list(dict.fromkeys(note for each in reports for note in each["notes"])),
+        "gates": [gate for each in reports for gate in each["gates"]],
         "seeds": list(seeds),
         "failed_checks": all_failed_checks(trained, folder.parent),
         "command": command,

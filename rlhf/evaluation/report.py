@@ -117,7 +117,11 @@ def preference_table(report: dict[str, Any], judge: str) -> list[list[str]]:
 
 def notes_in_words(report: dict[str, Any]) -> list[str]:
     """What a reader of the tables must know besides."""
-    return [*report["notes"], *(f"failed check: {line}" for line in report["failed_checks"])]
+    gates = [
+        f"gate {gate['gate']}: {'passed' if gate['passed'] else 'NOT PASSED'}: {gate['found']}"
+        for gate in report["gates"]
+    ]
+    return [*gates, *report["notes"], *(f"failed check: {line}" for line in report["failed_checks"])]
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

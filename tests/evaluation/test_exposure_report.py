@@ -50,6 +50,7 @@ def report_of(shift: float) -> dict[str, Any]:
         "preferences_simulated": False,
         "notes": [],
         "failed_checks": [],
+        "gates": [],
         "excess_error_length": common_length(list(entries.values())),
         "systems": entries,
         **compare(systems, "sft", **OPTIONS),

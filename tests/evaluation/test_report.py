@@ -59,6 +59,7 @@ def report_of(systems: list[Scored]) -> dict[str, Any]:
         "preferences_simulated": True,
         "notes": ["no oracle: <b>"],
         "failed_checks": ["systems.sft: samples end: <b>"],
+        "gates": [],
         "excess_error_length": common_length(list(entries.values())),
         "systems": entries,
         **compare(systems, "sft", **OPTIONS),

@@ -1,0 +1,68 @@
+"""stage=compare: what it evaluates, the line that it prints, its exit status, and what it refuses."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.__main__ import main
+from stages.all import ENTRY_POINT
+from stages.compare import plan
+from tests.stage_runs import LONGEST_RUN, SMALL, read_json
+
+TINY = ("model=tiny", "data=toy")
+
+
+def test_it_is_an_evaluation_of_both_by_the_runs_own_scorers(tmp_path: Path) -> None:
+    stage = tmp_path / "x" / "ppo"
+    (stage / "model").mkdir(parents=True)
+    (stage / "model" / "config.json").write_text("{}")
+    config, words = plan([*TINY, f"runs={tmp_path}", "name=x", f"a={stage}", "b=mine.jsonl", "num_prompts=7"])
+    assert config.systems == {"a": f"{stage}/model", "b": {"generations": "mine.jsonl"}}
+    assert (config.name, config.baseline, config.num_prompts) == ("x/compare", "b", 7)
+    assert config.proxy["path"] == f"{tmp_path}/x/rm/model" and config.gold["kind"] == "classifier"
+    assert config.overwrite and words[-1] == "overwrite=true"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a=x"], "stage=compare needs b=: a checkpoint or stage folder"),
+        (["b=x", "a="], "stage=compare needs a="),
+        (["a=x", "b=y", "systems={c: z}"], "systems={c: z}: stage=compare says that itself; give a= and b="),
+        (["a=x", "b=y", "baseline=a"], "it is b"),
+        (["a=x", "b=y", "gate=win_rate(a, c) > 0"], "systems are a, b"),
+        (["a=x", "b=y", "num_promts=3"], "did you mean num_prompts?"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["stage=compare", *TINY, f"runs={tmp_path}", *words]) == 2
+    shown, error = capsys.readouterr()
+    assert not shown and message in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_two_systems_in_one_line_and_an_exit_status(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / tiny_run.name
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("evaluate"))
+    small = [word for word in SMALL["evaluate"] if not word.startswith(("oracle=", "prefix_lengths="))]
+    command = [sys.executable, str(ENTRY_POINT), "stage=compare", f"runs={run.parent}", f"name={run.name}"]
+    command += [*small, f"a={run}/sft", f"b={run}/sft/model"]
+
+    def compared(*words: str) -> tuple[int, str]:
+        found = subprocess.run([*command, *words], capture_output=True, text=True, timeout=LONGEST_RUN)
+        assert "Traceback" not in found.stderr
+        return found.returncode, found.stdout
+
+    status, line = compared()
+    assert status == 0 and line.startswith("a cannot be told from b by gold (") and line.count("\n") == 1
+    assert "win rate 0.500 [0.500, 0.500]; 0 wins, 16 ties, 0 losses" in line
+    status, line = compared("gate=win_rate(a, b) > 0.6")
+    assert status == 4 and "gate win_rate(a, b) > 0.6 NOT PASSED" in line
+    report = read_json(run / "compare" / "evaluate" / "report.json")
+    assert report["gates"][0]["passed"] is False and not (run / "evaluate").exists()
+    assert f"a={run}/sft" in report["commands"][-1]
