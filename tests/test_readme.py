@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf.config import PROJECT_DIR, load_config, split_overrides
-from stages.exposure import plan
+from stages import compare, exposure
 
 README = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
 
@@ -31,8 +31,8 @@ def test_every_command_is_a_valid_configuration(command: str, tmp_path: Path, mo
     overrides = [word for word in words if not word.startswith("stage=")]
     if stage == "test":
         return
-    if stage == "exposure":
-        plan(overrides)
+    if stage in ("exposure", "compare"):
+        {"exposure": exposure.plan, "compare": compare.plan}[stage](overrides)
         return
     for name, its in split_overrides(overrides).items() if stage == "all" else [(stage, overrides)]:
         load_config(name, its)
