@@ -28,7 +28,7 @@ PROJECT_DIR = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_DIR / "configs"
 STAGES = tuple(STAGE_CONFIGS)
 PROGRAMS: dict[str, type[Any]] = {**STAGE_CONFIGS, "bench": BenchConfig, "exposure": ComparisonConfig}
-GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward", "exposure")
+GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward", "exposure", "judge")
 SMALL_WEIGHTS = 40e6  # bytes of safetensors below which a local folder gets configs/model/small.yaml
 EXPECTED: dict[Any, str] = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "a text"},

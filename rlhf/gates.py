@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rlhf.hints import hint
 
 GATE_STATUS = 4  # of a stage that ran to its end, and whose gate was not passed
-JUDGES = ("gold", "proxy", "rouge_l", "bleu")
+JUDGES = ("gold", "proxy", "judge", "rouge_l", "bleu")
 PAIRS = ("win_rate", "difference")
 NUMBERS = ("kl", "length", "share_ended", "rep_4", "distinct_2")  # of a system's entry in the report
 ENDS = ("low", "high")

@@ -278,6 +278,25 @@ class PPOConfig(StageConfig):
 
 
 @dataclass
+class Judge:
+    name: str
+    base_url: str | None
+    model: str | None
+    template: str | None
+    key_variable: str | None
+    max_tokens: int | None
+    temperature: float | None
+    num_prompts: int | None
+    concurrency: int | None
+    requests_per_minute: float | None
+    retries: int | None
+    timeout: float | None
+    price_in: float | None
+    price_out: float | None
+    max_cost: float | None
+
+
+@dataclass
 class EvaluateConfig(StageConfig):
     systems: dict[str, Any]
     baseline: str | None
@@ -288,6 +307,7 @@ class EvaluateConfig(StageConfig):
     reward: dict[str, Any]
     proxy: dict[str, Any] | None
     gold: dict[str, Any] | None
+    judge: Judge
     store: str
     gate: str | None
     oracle: str | None

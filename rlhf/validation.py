@@ -16,6 +16,7 @@ from rlhf.settings import (
     CollectConfig,
     EvaluateConfig,
     Exposure,
+    Judge,
     PPOConfig,
     RMConfig,
     SFTConfig,
@@ -69,6 +70,8 @@ AT_LEAST_ONE = {
     "passes",
     "num_beams",
     "delta",
+    "concurrency",
+    "max_tokens",
 }
 NOT_EMPTY = {"name", "runs", "model.path", "policy", "critic", "base", "oracle"}
 ABOVE_ZERO = {
@@ -82,6 +85,8 @@ ABOVE_ZERO = {
     "eval_fraction",
     "epochs",
     "exposure.k",
+    "requests_per_minute",
+    "timeout",
 }
 BELOW = {"label_smoothing": 0.5, "eval_fraction": 1.0}
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -124,6 +129,7 @@ def check_config(config: StageConfig) -> None:
                 check_scorer(key, spec)
         check_systems(config.systems, config.baseline, decoding_in(config))
         parse_gates(config.gate, list(config.systems))
+        _check_judge(config.judge)
 
 
 def _check_adapter(adapter: Adapter) -> None:
@@ -173,6 +179,15 @@ def _check_exposure(exposure: Exposure) -> None:
         )
     if exposure.schedule == "exponential" and k is not None and k > 1:
         raise ValueError(f"exposure.k={k}: the exponential schedule k^i needs at most 1")
+
+
+def _check_judge(judge: Judge) -> None:
+    if judge.name == "none":
+        for name, value in vars(judge).items():
+            if name != "name" and value is not None:
+                raise ValueError(f"judge.{name}={value} with judge=none: give judge=openai as well")
+    elif not judge.model:
+        raise ValueError("judge.model is missing: give the name that the endpoint has for the model")
 
 
 def _check_shared_weights(config: StageConfig) -> None:
@@ -276,7 +291,7 @@ def _check_number(key: str, value: float) -> None:
     bounds = (
         (math.isfinite(value), "a finite number"),
         (last not in AT_LEAST_ONE or value >= 1, "a number that is at least 1"),
-        (not {key, last} & ABOVE_ZERO or value > 0, "a number that is above 0"),
+        (not {key, last} & ABOVE_ZERO or value > 0 or key == "judge.temperature", "a number that is above 0"),
         (not {key, last} & FRACTIONS or 0 <= value <= 1, "a number from 0 to 1"),
         (value >= 0 or key in ANY_SIGN, "a number that is not negative"),
         (value < BELOW.get(last, math.inf), f"a number below {BELOW.get(last)}"),

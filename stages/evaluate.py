@@ -15,8 +15,9 @@ from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.compare import Scored, common_length, compare, equals_oracle, summarise, verdict
 from rlhf.evaluation.exposure import why_no_mauve
 from rlhf.evaluation.gates import outcome
+from rlhf.evaluation.judge import LanguageModelJudge
 from rlhf.evaluation.measures import LEAST_ROWS
-from rlhf.evaluation.passes import Evaluation, measure_all, sample_all, score_all
+from rlhf.evaluation.passes import Evaluation, judge_all, measure_all, sample_all, score_all
 from rlhf.evaluation.report import COLUMNS, notes_in_words, print_table, table_rows, write_report
 from rlhf.evaluation.store import Store
 from rlhf.evaluation.systems import System, build_systems, check_choosers
@@ -52,22 +53,24 @@ def main(overrides: list[str]) -> int:
     proxy, gold = (
         optional_scorer(key, getattr(config, key), config, engine, prompts) for key in ("proxy", "gold")
     )
-    if proxy is None and gold is None:
+    if proxy is None and gold is None and config.judge.name == "none":
         raise ValueError(
-            "neither proxy nor gold can score: set one of them, for instance "
+            "neither proxy nor gold can score, and there is no judge: set one of them, for instance "
             "gold='{kind: function, function: file.py:f}'"
         )
     for key, scorer in (("proxy", proxy), ("gold", gold)):
         for name, path in [] if scorer is None else model_paths(key, getattr(config, key)):
             parents.append(find_parent(name, path, kind="reward_model", force=True))
     check_choosers(systems, proxy)
+    store = Store(Path(config.store))
+    judge = None if config.judge.name == "none" else LanguageModelJudge(config.judge, store.folder)
     oracle, notes = find_oracle(config, systems)
     stage.begin()
 
-    store = Store(Path(config.store))
     scorers = {"proxy": proxy, "gold": gold}
     evaluation = Evaluation(config, engine, prompts, reference, scorers, store)
     scored = score_all(evaluation, sample_all(evaluation, systems))
+    judgements, judged = ({}, None) if judge is None else judge_all(judge, scored, baseline)
     scored = measure_all(evaluation, scored, oracle)
     options = {"num_bootstrap": config.bootstrap, "seed": config.seed}
     entries = {each.system.name: summarise(each, reference=reference, **options) for each in scored}
@@ -84,7 +87,8 @@ def main(overrides: list[str]) -> int:
         "failed_checks": checks_failed_before(parents),
         "excess_error_length": common_length(list(entries.values())),
         "systems": entries,
-        **compare(scored, baseline, **options),
+        "judge": judged,
+        **compare(scored, baseline, judgements, **options),
         "commands": commands(stage, parents),
     }
     gates = parse_gates(config.gate, list(entries))

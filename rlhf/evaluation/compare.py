@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from rlhf.evaluation.exposure import Evidence, PrefixQuality
+from rlhf.evaluation.judge import Judgement
 from rlhf.evaluation.measures import (
     LEAST_ROWS,
     best_of_n_kl,
@@ -21,7 +22,7 @@ from rlhf.evaluation.measures import (
     seq_rep,
 )
 from rlhf.evaluation.preferences import bradley_terry, length_controlled_win_rate, sample_size
-from rlhf.evaluation.statistics import bootstrap_mean, paired_difference, pearson, win_rate
+from rlhf.evaluation.statistics import Floats, bootstrap_mean, paired_difference, pearson, win_rate
 from rlhf.evaluation.systems import Generation, System
 
 DISTINCT_LENGTH = 16
@@ -138,10 +139,18 @@ def _estimate(scores: Sequence[float] | None, **options: int) -> dict[str, float
     return None if scores is None else vars(bootstrap_mean(scores, **options))
 
 
-def compare(all_scored: Sequence[Scored], baseline: str, *, num_bootstrap: int, seed: int) -> dict[str, Any]:
-    """Win rates of every system against the baseline by gold and proxy, plain and length-controlled, the
-    strengths of all systems by both, and paired differences by these and by the measures against references,
-    with the number of prompts that it takes to see one of that size.
+def compare(
+    all_scored: Sequence[Scored],
+    baseline: str,
+    judgements: Mapping[str, Judgement] | None = None,
+    /,
+    *,
+    num_bootstrap: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Win rates of every system against the baseline by gold, proxy and a judge (its judgements, by system),
+    plain and length-controlled, the strengths of all systems by these, and paired differences by the scorers
+    and by the measures against references, with the number of prompts that it takes to see one of that size.
     """
     base = next(each for each in all_scored if each.system.name == baseline)
     options = {"num_bootstrap": num_bootstrap, "seed": seed}
@@ -157,39 +166,75 @@ def compare(all_scored: Sequence[Scored], baseline: str, *, num_bootstrap: int, 
             difference = vars(paired_difference(ours, theirs, **options))
             differences.append(names | difference | {"prompts_needed": needed})
             if judge not in base.overlap:
-                lengths = [[len(g.tokens) for g in each.generations] for each in (scored, base)]
-                even = length_controlled_win_rate(_outcomes(ours, theirs), *lengths)
-                rates.append(
-                    names | vars(win_rate(ours, theirs, **options)) | {"length_controlled": vars(even)}
-                )
+                rates.append(names | _rate(_outcomes(ours, theirs), scored, base, **options))
         judged = {each.system.name: each.by(judge) for each in all_scored}
         if judge not in base.overlap and len(judged) > 1 and None not in judged.values():
             scores = np.array(list(judged.values())).T
-            found = bradley_terry(_outcomes(scores[:, :, None], scores[:, None, :]), **options)
-            strengths[judge] = {name: vars(each) for name, each in zip(judged, found, strict=True)}
+            strengths[judge] = _strengths(
+                list(judged), _outcomes(scores[:, :, None], scores[:, None, :]), **options
+            )
+    by_name = {each.system.name: each for each in all_scored}
+    told: dict[str, Floats] = {}
+    for name, judgement in (judgements or {}).items():
+        told[name] = np.array(judgement.outcomes, dtype=np.float64)  # None: nan
+        if np.isfinite(told[name]).any():
+            names = {"a": name, "b": baseline, "judge": "judge"}
+            rates.append(names | _rate(told[name], by_name[name], base, **options))
+    if told:
+        strengths["judge"] = _strengths([baseline, *told], _against_first(list(told.values())), **options)
     return {"win_rates": rates, "differences": differences, "strengths": strengths}
 
 
-def _outcomes(scores_a: ArrayLike, scores_b: ArrayLike) -> NDArray[np.float64]:
+def _rate(outcomes: Floats, ours: Scored, theirs: Scored, **options: int) -> dict[str, Any]:
+    """Win rates of outcomes (P,), those that are nan left out, plain and length-controlled."""
+    known = np.isfinite(outcomes).nonzero()[0]
+    lengths = [[len(each.generations[i].tokens) for i in known] for each in (ours, theirs)]
+    even = length_controlled_win_rate(outcomes[known], *lengths)
+    rate = win_rate(outcomes[known], np.full(len(known), 0.5), **options)
+    return vars(rate) | {"length_controlled": vars(even)}
+
+
+def _strengths(names: Sequence[str], outcomes: Floats, **options: int) -> dict[str, Any]:
+    found = bradley_terry(outcomes, **options)
+    return {name: vars(each) for name, each in zip(names, found, strict=True)}
+
+
+def _against_first(told: Sequence[Floats]) -> Floats:
+    """Outcomes (P, S, S) where all systems but the first were compared with the first alone."""
+    found = np.full((len(told[0]), len(told) + 1, len(told) + 1), np.nan)
+    for place, outcomes in enumerate(told, start=1):
+        found[:, place, 0], found[:, 0, place] = outcomes, 1 - outcomes
+    return found
+
+
+def _outcomes(scores_a: ArrayLike, scores_b: ArrayLike) -> Floats:
     """1 where a has more than b, .5 where as much, else 0."""
     return (1 + np.sign(np.subtract(scores_a, scores_b))) / 2
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """One sentence: is ppo, else the last system, better than the baseline by gold, and at what KL."""
+    """One sentence: is ppo, else the last system, better than the baseline by gold, else by the judge, and at
+    what KL.
+    """
     systems, baseline = report["systems"], report["baseline"]
     others = [name for name in systems if name != baseline]
     if not others:
         return f"{baseline} alone: there is no other system to compare it with."
     name = "ppo" if "ppo" in others else others[-1]
-    found = [d for d in report["differences"] if d["a"] == name and d["judge"] == "gold"]
-    if not found:
+    by_gold = [d for d in report["differences"] if d["a"] == name and d["judge"] == "gold"]
+    by_judge = [r for r in report["win_rates"] if r["a"] == name and r["judge"] == "judge"]
+    if not by_gold and not by_judge:
         return f"No gold scorer: whether {name} is better than {baseline} is not known."
-    difference, entry = found[0], systems[name]
-    interval = f"{difference['mean']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
-    kl = "" if entry["kl"] is None else f" at a KL of {entry['kl']:.2f} nats per response"
-    if difference["low"] > 0:
-        return f"{name} is better than {baseline} by the gold scorer: {interval}{kl}."
-    if difference["high"] < 0:
-        return f"{name} is WORSE than {baseline} by the gold scorer: {interval}{kl}."
-    return f"{name} cannot be told from {baseline} by the gold scorer: {interval}{kl}."
+    kl = systems[name]["kl"]
+    at = "" if kl is None else f" at a KL of {kl:.2f} nats per response"
+    if by_gold:
+        found, by, even = by_gold[0], "by the gold scorer", 0.0
+        interval = f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    else:
+        found, by, even = by_judge[0], "by the judge", 0.5
+        interval = f"win rate {found['win_rate']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    if found["low"] > even:
+        return f"{name} is better than {baseline} {by}: {interval}{at}."
+    if found["high"] < even:
+        return f"{name} is WORSE than {baseline} {by}: {interval}{at}."
+    return f"{name} cannot be told from {baseline} {by}: {interval}{at}."

@@ -44,6 +44,10 @@ def _measured(
     if gate.measure in JUDGES:
         found = entry["overlap"].get(gate.measure) or entry.get(gate.measure)
         return found and Estimate(**found)
+    if gate.judge == "judge":
+        rates = [r for r in report["win_rates"] if (r["a"], r["b"], r["judge"]) == (*gate.systems, "judge")]
+        found = rates[0] if rates and gate.measure == "win_rate" else None
+        return found and Estimate(found["win_rate"], found["low"], found["high"])
     first, second = (scored[name] for name in gate.systems)
     judges = (gate.judge,) if gate.judge else ("gold", "proxy")
     pairs = [(first.by(judge), second.by(judge)) for judge in judges]

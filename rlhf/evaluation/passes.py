@@ -13,6 +13,7 @@ from typing import Any
 from rlhf.engine import Engine
 from rlhf.evaluation.compare import Scored
 from rlhf.evaluation.exposure import Instruments, evidence_from, measure
+from rlhf.evaluation.judge import Judgement, LanguageModelJudge, total
 from rlhf.evaluation.report import OVERLAPS
 from rlhf.evaluation.store import Store, digest, model_id, scorer_id
 from rlhf.evaluation.systems import Generation, System, generate, reference_logprobs, saved_responses
@@ -150,6 +151,22 @@ def _log_ratios(evaluation: Evaluation, system: System, rows: Sequence[Generatio
     )
     pairs = zip(rows, logprobs, strict=True)
     return [row.logprob - logprob for row, logprob in pairs if row.logprob is not None]
+
+
+def judge_all(
+    judge: LanguageModelJudge, scored: Sequence[Scored], baseline: str
+) -> tuple[dict[str, Judgement], dict[str, Any]]:
+    """What a language model says of every system against the baseline, and how reliable it was."""
+    [base] = [each.generations for each in scored if each.system.name == baseline]
+    base = base[: judge.settings.num_prompts]
+    others = [each for each in scored if each.system.name != baseline]
+    bar, found = progress(2 * len(base) * len(others), unit="question", description="judge"), {}
+    prompts, theirs = [row.prompt for row in base], [row.response for row in base]
+    for each in others:
+        ours = [row.response for row in each.generations[: len(base)]]
+        found[each.system.name] = judge.judge(prompts, ours, theirs, bar)
+    bar.close()
+    return found, {"model": judge.settings.model, "cost": judge.cost, **total(found.values())}
 
 
 def measure_all(evaluation: Evaluation, scored: Sequence[Scored], oracle: str | None) -> list[Scored]:

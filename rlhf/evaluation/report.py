@@ -121,7 +121,20 @@ def notes_in_words(report: dict[str, Any]) -> list[str]:
         f"gate {gate['gate']}: {'passed' if gate['passed'] else 'NOT PASSED'}: {gate['found']}"
         for gate in report["gates"]
     ]
-    return [*gates, *report["notes"], *(f"failed check: {line}" for line in report["failed_checks"])]
+    judge = [judge_in_words(report["judge"])] if report["judge"] else []
+    return [*gates, *judge, *report["notes"], *(f"failed check: {line}" for line in report["failed_checks"])]
+
+
+def judge_in_words(judge: dict[str, Any]) -> str:
+    """How far the judge can be trusted."""
+    if judge["consistency"] is None:
+        return f"judge {judge['model']}: no pair with two answers that could be read"
+    return (
+        f"judge {judge['model']}: {judge['consistency']:.0%} of {judge['pairs']} pairs told alike in both "
+        f"orders, others are ties; {judge['unreadable_answers']} answers without a verdict, their pairs left "
+        f"out; {judge['first_preferred'] or 0:.0%} of the verdicts for the response that stood first; "
+        f"cost {judge['cost']:.2f}"
+    )
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -190,8 +203,13 @@ def _markdown(
 
 
 def _preferences(report: dict[str, Any]) -> str:
-    judges = [judge for judge in ("gold", "proxy") if any(r["judge"] == judge for r in report["win_rates"])]
-    tables = [f"By {judge}:\n\n{table(preference_table(report, judge))}\n" for judge in judges]
+    judged = {rate["judge"] for rate in report["win_rates"]}
+    names = {"gold": "gold", "judge": "the judge", "proxy": "proxy"}
+    tables = [
+        f"By {name}:\n\n{table(preference_table(report, judge))}\n"
+        for judge, name in names.items()
+        if judge in judged
+    ]
     heading = f"## Who beats whom\n\nAgainst `{report['baseline']}`. {PREFERENCES}\n\n"
     return heading + "".join(tables) if tables else ""
 

@@ -51,6 +51,7 @@ def report_of(shift: float) -> dict[str, Any]:
         "notes": [],
         "failed_checks": [],
         "gates": [],
+        "judge": None,
         "excess_error_length": common_length(list(entries.values())),
         "systems": entries,
         **compare(systems, "sft", **OPTIONS),

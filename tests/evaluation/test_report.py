@@ -60,6 +60,7 @@ def report_of(systems: list[Scored]) -> dict[str, Any]:
         "notes": ["no oracle: <b>"],
         "failed_checks": ["systems.sft: samples end: <b>"],
         "gates": [],
+        "judge": None,
         "excess_error_length": common_length(list(entries.values())),
         "systems": entries,
         **compare(systems, "sft", **OPTIONS),

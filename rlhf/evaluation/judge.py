@@ -1,0 +1,246 @@
+"""A language model as judge of pairs, behind an OpenAI-compatible endpoint.
+
+Every pair is asked in both orders; one that is told differently in the two is a tie. Zheng et al. (2023),
+https://arxiv.org/abs/2306.05685.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.evaluation.store import digest
+from rlhf.files import append_text
+from rlhf.processes import by_main
+from rlhf.settings import Judge
+
+VERDICT = re.compile(r"\[\[([ABC])\]\]")
+PLACES = ("prompt", "response_a", "response_b")
+OUTCOMES = {"A": 1.0, "B": 0.0, "C": 0.5}  # of the first response
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the judge said to a question, and the tokens that it read and wrote."""
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+
+    @property
+    def outcome(self) -> float | None:
+        """1 where the first response is better, 0 where the second is, .5 where neither is; None where the
+        answer has no verdict, or more than one.
+        """
+        found = set(VERDICT.findall(self.text))
+        return OUTCOMES[found.pop()] if len(found) == 1 else None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How a system's responses fared against the baseline's.
+
+    outcomes: of each judged prompt 1, .5, 0, or None where an answer could not be read; consistent: how many
+    pairs were told alike in both orders, of the `asked` whose answers could be read; first: the share of
+    verdicts that went to the response that stood first.
+    """
+
+    outcomes: list[float | None]
+    consistent: int
+    asked: int
+    unreadable: int
+    first: float | None
+
+
+class LanguageModelJudge:
+    """Asks the endpoint of `settings`; answers are kept in a file of `folder`, and never asked for again.
+
+    Raises ValueError for a template without its places and a missing key, and, while it judges, for an
+    endpoint that refuses or does not answer and for a cost above `max_cost`.
+    """
+
+    def __init__(self, settings: Judge, folder: Path):
+        self.settings = settings
+        self.template = read_template(settings.template or "")
+        self.cost = 0.0
+        self._client = self._connected()
+        known = {"base_url", "model", "max_tokens", "temperature"}
+        facts = {key: value for key, value in asdict(settings).items() if key in known}
+        self._file = folder / "judge" / f"{digest(facts | {'template': self.template})}.jsonl"
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    @by_main
+    def judge(
+        self, prompts: Sequence[Any], ours: Sequence[str], theirs: Sequence[str], bar: Any
+    ) -> Judgement:
+        """Compare responses (P,) with others to the same prompts; equal ones tie without a question."""
+        rows = list(zip(prompts, ours, theirs, strict=True))
+        questions = {
+            (i, turned): fill(self.template, prompt, b, a) if turned else fill(self.template, prompt, a, b)
+            for i, (prompt, a, b) in enumerate(rows)
+            if a.strip() != b.strip()
+            for turned in (False, True)
+        }
+        answers = self._answers(list(questions.values()), bar)
+        found = {place: answers[text].outcome for place, text in questions.items()}
+        bar.update(2 * len(rows) - len(questions))
+        pairs = {i: (found[i, False], found[i, True]) for i, turned in found if not turned}
+        outcomes = [joined(*pairs[i]) if i in pairs else 0.5 for i in range(len(rows))]
+        readable = [pair for pair in pairs.values() if joined(*pair) is not None]
+        verdicts = [each for each in found.values() if each in (0.0, 1.0)]
+        return Judgement(
+            outcomes,
+            consistent=sum(joined(*pair) == pair[0] for pair in readable),
+            asked=len(readable),
+            unreadable=sum(each is None for each in found.values()),
+            first=sum(verdicts) / len(verdicts) if verdicts else None,
+        )
+
+    def _answers(self, questions: Sequence[str], bar: Any) -> dict[str, Answer]:
+        """The answer to each question, from the file where it is there."""
+        kept = self._kept()
+        due = [text for text in dict.fromkeys(questions) if digest(text) not in kept]
+        bar.update(len(questions) - len(due))
+        if due:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with ThreadPoolExecutor(self.settings.concurrency) as pool:
+                asked = [pool.submit(self._ask, text) for text in due]
+                try:
+                    for text, future in zip(due, asked, strict=True):
+                        kept[digest(text)] = future.result()
+                        bar.update()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        return {text: kept[digest(text)] for text in questions}
+
+    def _kept(self) -> dict[str, Answer]:
+        if not self._file.exists():
+            return {}
+        lines = self._file.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut short
+        return {row.pop("question"): Answer(**row) for row in rows}
+
+    def _connected(self) -> Any:
+        try:
+            import openai
+        except ImportError:
+            raise ValueError(
+                "judge=openai needs the openai client: pip install -c constraints.txt '.[judge]'"
+            ) from None
+        own = self.settings
+        key = os.environ.get(own.key_variable or "")
+        if not key and own.base_url is None:
+            raise ValueError(f"judge=openai: set {own.key_variable} to your key, or judge.base_url=")
+        return openai.OpenAI(
+            api_key=key or "none", base_url=own.base_url, max_retries=own.retries or 0, timeout=own.timeout
+        )
+
+    def _ask(self, question: str) -> Answer:
+        import openai
+
+        own = self.settings
+        self._wait_for_turn()
+        try:
+            found = self._client.chat.completions.create(
+                model=own.model,
+                messages=[{"role": "user", "content": question}],
+                max_tokens=own.max_tokens,
+                temperature=own.temperature,
+            )
+        except openai.OpenAIError as error:
+            said = self._without_key(str(error))
+            raise ValueError(f"judge {own.model}: {said}; {_remedy(error, own)}") from None
+        used = found.usage
+        answer = Answer(
+            found.choices[0].message.content or "" if found.choices else "",
+            used.prompt_tokens if used else 0,
+            used.completion_tokens if used else 0,
+        )
+        line = json.dumps({"question": digest(question), **asdict(answer)}, ensure_ascii=False)
+        with self._lock:
+            append_text(self._file, line + "\n")
+            self.cost += (
+                answer.tokens_in * (own.price_in or 0) + answer.tokens_out * (own.price_out or 0)
+            ) / 1e6
+        return answer
+
+    def _wait_for_turn(self) -> None:
+        """Wait as the rate limit asks, and stop where the cost has come to its end."""
+        with self._lock:
+            if self.settings.max_cost is not None and self.cost >= self.settings.max_cost:
+                raise ValueError(
+                    f"judge: {self.cost:.2f} spent, judge.max_cost={self.settings.max_cost}; the answers are "
+                    "kept: raise it and go on with resume=true, or give a lower judge.num_prompts"
+                )
+            rate = self.settings.requests_per_minute
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + (60 / rate if rate else 0.0)
+        time.sleep(turn - now)
+
+    def _without_key(self, text: str) -> str:
+        key = os.environ.get(self.settings.key_variable or "")
+        return text.replace(key, "<key>") if key else text
+
+
+def read_template(place: str) -> str:
+    """The text of a template file. Raises ValueError where it is not there or lacks one of its places."""
+    try:
+        text = Path(place).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"judge.template={place}: {error.strerror}; name a text file") from error
+    for name in PLACES:
+        if f"{{{name}}}" not in text:
+            raise ValueError(
+                f"judge.template={place}: {{{name}}} is missing; it stands where the {name} goes"
+            )
+    return text
+
+
+def fill(template: str, prompt: Any, first: str, second: str) -> str:
+    """A question; what the texts hold in braces stays as it is."""
+    if not isinstance(prompt, str):
+        prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    given = dict(zip(PLACES, (prompt, first, second), strict=True))
+    return re.sub(r"\{(prompt|response_a|response_b)\}", lambda match: given[match[1]], template)
+
+
+def joined(first: float | None, turned: float | None) -> float | None:
+    """One outcome from those of both orders: a tie where they differ, None where one could not be read."""
+    if first is None or turned is None:
+        return None
+    return first if first == 1 - turned else 0.5
+
+
+def total(judgements: Iterable[Judgement]) -> dict[str, Any]:
+    """How reliable the judge was over all systems."""
+    every = list(judgements)
+    asked, unreadable = sum(each.asked for each in every), sum(each.unreadable for each in every)
+    firsts = [each.first for each in every if each.first is not None]
+    return {
+        "pairs": asked,
+        "consistency": sum(each.consistent for each in every) / asked if asked else None,
+        "unreadable_answers": unreadable,
+        "first_preferred": sum(firsts) / len(firsts) if firsts else None,
+    }
+
+
+def _remedy(error: Exception, settings: Judge) -> str:
+    status = getattr(error, "status_code", None)
+    if status in (401, 403):
+        return f"set {settings.key_variable} to a key that this endpoint takes"
+    if status == 404:
+        return "look at judge.base_url= (it ends in /v1 as a rule) and judge.model="
+    if status == 429:
+        return "lower judge.requests_per_minute= or judge.concurrency=, and go on with resume=true"
+    return "look at judge.base_url=, and go on with resume=true: the answers so far are kept"

@@ -1,0 +1,226 @@
+"""The language model as judge: both orders, what is counted, what is kept, how it fails; against servers."""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config import load_config
+from rlhf.evaluation.judge import Answer, LanguageModelJudge, fill, joined, read_template, total
+from rlhf.metrics import progress
+
+TINY = ["model=tiny", "data=toy"]
+Reply = Callable[[str], tuple[int, str]]
+
+
+class Server:
+    """An endpoint that answers questions as `reply` says: a status and a text."""
+
+    def __init__(self) -> None:
+        self.questions: list[str] = []
+        self.keys: list[str | None] = []
+        self.reply: Reply = lambda question: (200, "[[A]]")
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = body["messages"][0]["content"]
+                owner.questions.append(question)
+                owner.keys.append(self.headers.get("Authorization"))
+                status, text = owner.reply(question)
+                message = {"role": "assistant", "content": text}
+                answer: dict[str, Any] = {
+                    "id": "x",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": body["model"],
+                    "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                    "usage": {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010},
+                }
+                data = json.dumps(answer if status == 200 else {"error": {"message": text}}).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("retry-after-ms", "1")
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    found = Server()
+    yield found
+    found.close()
+
+
+def judge_of(server: Server, folder: Path, *words: str) -> LanguageModelJudge:
+    config = load_config(
+        "evaluate", [*TINY, "judge=openai", "judge.model=m", f"judge.base_url={server.url}", *words]
+    )
+    return LanguageModelJudge(config.judge, folder)
+
+
+def parts(question: str) -> tuple[str, str]:
+    """The two responses of a question, in the order asked."""
+    first, second = re.findall(r"<response_[ab]>\n(.*?)\n</response_[ab]>", question, flags=re.DOTALL)
+    return first, second
+
+
+def longer(question: str) -> tuple[int, str]:
+    first, second = parts(question)
+    return 200, "So: [[A]]" if len(first) > len(second) else "[[B]]" if len(first) < len(second) else "[[C]]"
+
+
+PROMPTS = ["p0", "p1", "p2", "p3"]
+OURS, THEIRS = ["long one", "x", "same", "ab"], ["short", "longer", "same", "cd"]
+
+
+def judged(judge: LanguageModelJudge) -> Any:
+    return judge.judge(PROMPTS, OURS, THEIRS, progress(8))
+
+
+def test_both_orders_are_asked_and_equal_responses_are_not(server: Server, tmp_path: Path) -> None:
+    server.reply = longer
+    found = judged(judge_of(server, tmp_path))
+    assert found.outcomes == [1.0, 0.0, 0.5, 0.5]
+    assert (found.consistent, found.asked, found.unreadable, found.first) == (3, 3, 0, 0.5)
+    assert len(server.questions) == 6
+    asked = {parts(question) for question in server.questions}
+    assert asked == {pair for a, b in zip(OURS, THEIRS, strict=True) if a != b for pair in ((a, b), (b, a))}
+
+
+def test_a_judge_that_goes_by_order_tells_nothing(server: Server, tmp_path: Path) -> None:
+    found = judged(judge_of(server, tmp_path))  # always the first
+    assert found.outcomes == [0.5] * 4 and (found.consistent, found.first) == (0, 1.0)
+    assert total([found]) == {
+        "pairs": 3,
+        "consistency": 0.0,
+        "unreadable_answers": 0,
+        "first_preferred": 1.0,
+    }
+
+
+def test_answers_without_a_verdict_are_counted_and_not_guessed(server: Server, tmp_path: Path) -> None:
+    server.reply = lambda question: (200, "I like A" if "p0" in question else longer(question)[1])
+    found = judged(judge_of(server, tmp_path))
+    assert found.outcomes == [None, 0.0, 0.5, 0.5] and (found.asked, found.unreadable) == (2, 2)
+    assert [Answer(text, 0, 0).outcome for text in ("[[A]] or [[B]]", "", "[[D]]", "x [[B]]\n")] == [
+        None,
+        None,
+        None,
+        0.0,
+    ]
+
+
+def test_answers_are_kept_and_asked_once(server: Server, tmp_path: Path) -> None:
+    server.reply = longer
+    prices = ["judge.price_in=2", "judge.price_out=100"]
+    judge = judge_of(server, tmp_path, *prices)
+    first = judged(judge)
+    assert judge.cost == pytest.approx(6 * (1000 * 2 + 10 * 100) / 1e6)
+    [file] = (tmp_path / "judge").glob("*.jsonl")
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write('{"question": "cut sh')  # by a kill
+    again = judge_of(server, tmp_path, *prices)
+    assert judged(again) == first and again.cost == 0 and len(server.questions) == 6
+    judged(judge_of(server, tmp_path, "judge.temperature=0.5"))
+    assert len(server.questions) == 12, "another way of asking is another judge"
+
+
+def test_what_fails_for_now_is_asked_again(server: Server, tmp_path: Path) -> None:
+    seen: dict[str, int] = {}
+
+    def twice_busy(question: str) -> tuple[int, str]:
+        seen[question] = seen.get(question, 0) + 1
+        return longer(question) if seen[question] > 2 else (429, "slow down")
+
+    server.reply = twice_busy
+    assert judged(judge_of(server, tmp_path, "judge.retries=3")).outcomes == [1.0, 0.0, 0.5, 0.5]
+    assert set(seen.values()) == {3}
+
+
+def test_what_fails_for_good_is_one_error_and_the_answers_stay(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret-1234")
+    words = ["judge.key_variable=MY_KEY", "judge.retries=0", "judge.concurrency=1"]
+    server.reply = lambda question: longer(question) if "p0" in question else (401, "bad key sk-secret-1234")
+    with pytest.raises(ValueError, match="set MY_KEY to a key that this endpoint takes") as error:
+        judged(judge_of(server, tmp_path, *words))
+    assert "sk-secret" not in str(error.value) and server.keys[0] == "Bearer sk-secret-1234"
+    [file] = (tmp_path / "judge").glob("*.jsonl")
+    kept = file.read_text(encoding="utf-8")
+    assert kept.count("\n") == 2 and "sk-secret" not in kept
+    server.reply = longer
+    before = len(server.questions)
+    assert judged(judge_of(server, tmp_path, *words)).outcomes == [1.0, 0.0, 0.5, 0.5]
+    assert len(server.questions) == before + 4
+    server.reply = lambda question: (404, "no such model")
+    with pytest.raises(ValueError, match=r"judge m: .*no such model.*judge.base_url="):
+        judged(judge_of(server, tmp_path, "judge.max_tokens=7"))
+
+
+def test_an_endpoint_that_is_not_there_is_named(server: Server, tmp_path: Path) -> None:
+    judge = judge_of(server, tmp_path, "judge.retries=0")
+    server.close()
+    with pytest.raises(ValueError, match=r"judge m: Connection error.*judge.base_url="):
+        judged(judge)
+
+
+def test_the_cost_ends_where_it_is_told_to(server: Server, tmp_path: Path) -> None:
+    server.reply = longer
+    words = ["judge.price_in=1000", "judge.max_cost=2.5", "judge.concurrency=1"]  # 1 a question
+    with pytest.raises(ValueError, match=r"3.00 spent, judge.max_cost=2.5; the answers are kept"):
+        judged(judge_of(server, tmp_path, *words))
+    assert len(server.questions) == 3
+
+
+def test_the_rate_is_kept(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("rlhf.evaluation.judge.time.sleep", waited.append)
+    monkeypatch.setattr("rlhf.evaluation.judge.time.monotonic", lambda: 100.0)
+    judged(judge_of(server, tmp_path, "judge.requests_per_minute=30", "judge.concurrency=1"))
+    assert [each for each in waited if each != 0.0] == [2.0, 4.0, 6.0, 8.0, 10.0]
+
+
+def test_texts_with_braces_stay_as_they_are() -> None:
+    template = read_template(load_config("evaluate", [*TINY, "judge=openai", "judge.model=m"]).judge.template)
+    asked = fill(template, [{"role": "user", "content": "{response_b}"}], "{prompt}", "{response_a} \\1")
+    assert "user: {response_b}" in asked and parts(asked) == ("{prompt}", "{response_a} \\1")
+    assert joined(1.0, 0.0) == 1.0 and joined(1.0, 1.0) == 0.5 and joined(None, 1.0) is None
+
+
+def test_mistakes_are_told_before_anything_is_asked(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "t.txt"
+    template.write_text("{prompt} {response_a}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"judge.template=.*t.txt: \{response_b\} is missing"):
+        judge_of(server, tmp_path, f"judge.template={template}")
+    with pytest.raises(ValueError, match=r"judge.template=nowhere"):
+        judge_of(server, tmp_path, "judge.template=nowhere")
+    with pytest.raises(ValueError, match=r"judge.model is missing"):
+        load_config("evaluate", [*TINY, "judge=openai"])
+    with pytest.raises(ValueError, match=r"judge.model=m with judge=none: give judge=openai as well"):
+        load_config("evaluate", [*TINY, "judge.model=m"])
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    config = load_config("evaluate", [*TINY, "judge=openai", "judge.model=m"])
+    with pytest.raises(ValueError, match=r"set OPENAI_API_KEY to your key, or judge.base_url="):
+        LanguageModelJudge(config.judge, tmp_path)
