@@ -1,8 +1,14 @@
 """The language model as judge: both orders, what is counted, what is kept, how it fails; against servers."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +19,7 @@ import pytest
 from rlhf.config import load_config
 from rlhf.evaluation.judge import Answer, LanguageModelJudge, fill, joined, read_template, total
 from rlhf.metrics import progress
+from rlhf.sources import smollm2_folder
 
 TINY = ["model=tiny", "data=toy"]
 Reply = Callable[[str], tuple[int, str]]
@@ -224,3 +231,50 @@ def test_mistakes_are_told_before_anything_is_asked(
     config = load_config("evaluate", [*TINY, "judge=openai", "judge.model=m"])
     with pytest.raises(ValueError, match=r"set OPENAI_API_KEY to your key, or judge.base_url="):
         LanguageModelJudge(config.judge, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_real_model_behind_a_real_server_judges(tmp_path: Path) -> None:
+    """transformers' own server with SmolLM2, which has little judgement: what counts is that it is heard."""
+    model = str(smollm2_folder())
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    template = tmp_path / "short.txt"
+    template.write_text(
+        "Prompt: {prompt}\nA: {response_a}\nB: {response_b}\nRepeat: [[A]]\n", encoding="utf-8"
+    )
+    url = f"http://127.0.0.1:{port}"
+    words = [f"judge.base_url={url}/v1", f"judge.model={model}", f"judge.template={template}"]
+    words += ["judge=openai", "judge.max_tokens=12", "judge.concurrency=1", "judge.key_variable=NO_KEY"]
+    config = load_config("evaluate", [*TINY, *words]).judge
+    serve = [str(Path(sys.executable).with_name("transformers")), "serve", model, "--device", "cpu"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*serve, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        try:
+            while not _is_up(url):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+            first = judged(LanguageModelJudge(config, tmp_path))
+        finally:
+            process.terminate()
+            process.wait()
+    assert first.outcomes[2] == 0.5 and first.outcomes.count(None) + first.asked == 3
+    [file] = (tmp_path / "judge").glob("*.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 6 and all(row["text"] for row in rows)
+    assert all(0 < row["tokens_out"] <= 12 < row["tokens_in"] for row in rows)
+    assert judged(LanguageModelJudge(config, tmp_path)) == first, "without a server: nothing is asked again"
+
+
+def _is_up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
