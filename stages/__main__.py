@@ -153,16 +153,21 @@ def check_here(config: Any) -> None:
 
 
 def run_all(overrides: list[str]) -> int:
-    """Resolve the settings of all stages, then show them or run the stages one after the other."""
+    """Resolve the settings of all stages, then show them or run the stages one after the other, once for each
+    seed where there are several.
+    """
     from stages import all as all_stages
+    from stages import seeds
     from stages.show import show
 
-    configs = all_stages.load_configs(overrides)
+    several = any(word.startswith(seeds.KEY) for word in overrides)
+    words = list(seeds.plan(overrides)[1].values()) if several else [overrides]
+    configs = all_stages.load_configs(words[0])
     if any(config.show for config in configs.values()):
         for name, config in configs.items():
             show(name, config)
         return 0
-    return all_stages.run(configs, overrides)
+    return seeds.run(overrides) if several else all_stages.run(configs, overrides)
 
 
 def run_exposure(overrides: list[str]) -> int:

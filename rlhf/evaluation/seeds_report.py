@@ -1,0 +1,85 @@
+"""What the evaluations of several seeds say together: means, the spread, and every seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.evaluation.exposure_report import combined
+from rlhf.evaluation.report import COLUMNS, escaped, table, table_rows
+from rlhf.files import write_text
+
+SPREAD = "Means over the seeds; in brackets the lowest and the highest seed."
+
+
+def seeds_table(report: dict[str, Any]) -> list[list[str]]:
+    """The difference of each system to the baseline in every seed, as text: a header, a row a seed, the mean
+    with the standard deviation between seeds.
+    """
+    by_system = report["by_seed"]
+    rows = [["seed", *by_system]]
+    for place, seed in enumerate(report["seeds"]):
+        rows.append([str(seed), *(f"{values[place]:+.3f}" for values in by_system.values())])
+    rows += [[str(seed), f"stage {stage} failed"] for seed, stage in report["failed_seeds"].items()]
+    rows = [[*row, *["-"] * (len(rows[0]) - len(row))] for row in rows]
+    if len(report["seeds"]) > 1:
+        spread = [f"{np.mean(each):+.3f} (sd {np.std(each, ddof=1):.3f})" for each in by_system.values()]
+        rows.append(["mean", *spread])
+    return rows
+
+
+def write_seeds_report(
+    folder: Path, reports: Mapping[int, dict[str, Any]], failed: Mapping[int, str], command: str
+) -> dict[str, Any]:
+    """Write report.json and report.md from the reports of evaluations, by seed, and the seeds whose chain
+    failed, each with the stage that did. Returns the report.
+    """
+    report = combined(list(reports.values()))
+    judge = next(each for each in ("gold", "proxy") if report[each] is not None)
+    names = [each["a"] for each in report["differences"] if each["judge"] == judge]
+    by_seed = {
+        name: [
+            each["mean"]
+            for found in reports.values()
+            for each in found["differences"]
+            if (each["a"], each["judge"]) == (name, judge)
+        ]
+        for name in names
+    }
+    report |= {
+        "name": folder.parent.name,
+        "seeds": list(reports),
+        "failed_seeds": dict(failed),
+        "judge_of_seeds": judge,
+        "by_seed": by_seed,
+        "failed_checks": [
+            f"seed {seed}: {line}" for seed, each in reports.items() for line in each["failed_checks"]
+        ],
+        "gates": [gate for each in reports.values() for gate in each["gates"]],
+        "command": command,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "report.md", _markdown(report))
+    return report
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    failed = "".join(
+        f"- seed {seed}: stage {stage} failed, and is in no mean\n"
+        for seed, stage in report["failed_seeds"].items()
+    )
+    checks = "".join(f"- failed check: {escaped(line)}\n" for line in report["failed_checks"])
+    return (
+        f"# {escaped(report['name'])}: seeds {', '.join(map(str, report['seeds']))}\n\n{SPREAD} "
+        f"Wins are against `{report['baseline']}`; KL is to it, within a seed.\n\n"
+        f"{table([list(COLUMNS), *table_rows(report)])}\n"
+        f"## Every seed: {report['judge_of_seeds']}, less {escaped(report['baseline'])}\n\n"
+        f"{table(seeds_table(report))}\n{failed}{checks}\n"
+        f"## How to reproduce\n\n    {report['command']}\n\n"
+        + "".join(f"- {name} {version}\n" for name, version in report["versions"].items())
+    )

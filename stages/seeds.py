@@ -1,0 +1,77 @@
+"""stage=all seeds='[1, 2, 3]': the whole chain once for each seed, and what they say together.
+
+That of a seed lies in <runs>/<name>/seed_<n>/<stage>, what they say together in <runs>/<name>/seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from rlhf.config import load_config
+from stages import all as chain
+from stages.common import without_run_mode
+
+KEY = "seeds="
+INTERRUPTED = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+
+
+def plan(overrides: list[str]) -> tuple[Path, dict[int, list[str]]]:
+    """Return where the report goes, and the words of each seed's chain.
+
+    Raises ValueError for seeds that are no list of different numbers, and for `seed=` beside them.
+    """
+    own = [word for word in overrides if word.startswith(KEY)]
+    words = [word for word in overrides if word not in own]
+    for word in words:
+        if word.partition("=")[0].split(".")[-1] == "seed":
+            raise ValueError(f"{word}: {own[0]} says that already; leave it out")
+    seeds = load_config("exposure", own).seeds
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds}: give at least one, and each once")
+    found = chain.load_configs(words)["evaluate"]
+    return Path(found.runs) / found.name / "seeds", {
+        seed: [*words, f"name={found.name}/seed_{seed}", f"seed={seed}"] for seed in seeds
+    }
+
+
+def run(overrides: list[str]) -> int:
+    """Run every seed's chain, whatever becomes of the others, and write the report.
+
+    Returns the first exit status that is not 0.
+    """
+    folder, words = plan(overrides)
+    configs = {seed: chain.load_configs(each) for seed, each in words.items()}
+    for known in configs.values():
+        chain.reasons_to_skip(known)
+    reports, failed, first = {}, {}, 0
+    for seed, each in words.items():
+        print(f"seed {seed}", flush=True)
+        status = chain.run(configs[seed], each)
+        if status in INTERRUPTED:
+            command = ["./launch.sh", "stage=all", *without_run_mode(overrides), "resume=true"]
+            print(f"go on with: {shlex.join(command)}", file=sys.stderr)
+            return status
+        first = first or status
+        place = chain.stage_folder("evaluate", configs[seed]["evaluate"])
+        if (place / "stage.json").exists():
+            reports[seed] = json.loads((place / "report.json").read_text(encoding="utf-8"))
+        else:
+            failed[seed] = next(
+                stage
+                for stage, config in configs[seed].items()
+                if not (chain.stage_folder(stage, config) / "stage.json").exists()
+                and not (stage == "collect" and config.data.ranked.train is not None)
+            )
+    if reports:
+        from rlhf.evaluation.report import print_table
+        from rlhf.evaluation.seeds_report import seeds_table, write_seeds_report
+
+        command = ["./launch.sh", "stage=all", *without_run_mode(overrides)]
+        report = write_seeds_report(folder, reports, failed, shlex.join(command))
+        print_table(seeds_table(report))
+        print(f"report: {folder / 'report.md'}")
+    return first
