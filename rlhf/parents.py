@@ -152,6 +152,11 @@ def adapter_of(model: str, *, base: str) -> Path | None:
 
 def lineage(parents: Sequence[Parent]) -> list[dict[str, Any]]:
     """The stage.json of every stage that the parents stand on, the oldest first and each once."""
+    return list(lineage_by_folder(parents).values())
+
+
+def lineage_by_folder(parents: Sequence[Parent]) -> dict[str, dict[str, Any]]:
+    """The same by the stages' folders."""
     found: dict[str, dict[str, Any]] = {}
 
     def add(key: str, path: str) -> None:
@@ -163,7 +168,7 @@ def lineage(parents: Sequence[Parent]) -> list[dict[str, Any]]:
 
     for parent in parents:
         add(parent.key, parent.path)
-    return list(found.values())
+    return found
 
 
 def origin(parents: Sequence[Parent]) -> str:

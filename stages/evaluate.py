@@ -15,15 +15,17 @@ from rlhf.engine import build_engine, seed_everything
 from rlhf.evaluation.compare import Scored, common_length, compare, equals_oracle, summarise, verdict
 from rlhf.evaluation.exposure import why_no_mauve
 from rlhf.evaluation.gates import outcome
+from rlhf.evaluation.hacking import signals, warnings
 from rlhf.evaluation.judge import LanguageModelJudge
 from rlhf.evaluation.measures import LEAST_ROWS
+from rlhf.evaluation.page import write_page
 from rlhf.evaluation.passes import Evaluation, judge_all, measure_all, sample_all, score_all
 from rlhf.evaluation.report import COLUMNS, notes_in_words, print_table, table_rows, write_report
 from rlhf.evaluation.store import Store
 from rlhf.evaluation.systems import System, build_systems, check_choosers
 from rlhf.gates import GATE_STATUS, parse_gates
 from rlhf.models.loading import load_codec, num_parameters, same_tokenizer
-from rlhf.parents import Parent, failed_checks, find_parent, lineage, model_paths
+from rlhf.parents import Parent, failed_checks, find_parent, lineage, lineage_by_folder, model_paths
 from rlhf.records import PromptRecord
 from rlhf.rewards import build_scorer
 from stages.common import Stage, resolved
@@ -91,6 +93,14 @@ def main(overrides: list[str]) -> int:
         **compare(scored, baseline, judgements, **options),
         "commands": commands(stage, parents),
     }
+    [base] = [each for each in scored if each.system.name == baseline]
+    found = {each.system.name: signals(each, entries[each.system.name], base) for each in scored}
+    report["signals"] = found
+    report["warnings"] = {
+        name: warnings(name, own, found[baseline], report["differences"])
+        for name, own in found.items()
+        if name != baseline
+    }
     gates = parse_gates(config.gate, list(entries))
     report["gates"] = [vars(outcome(gate, report, scored, **options)) for gate in gates]
     report["verdict"] = verdict(report)
@@ -99,12 +109,13 @@ def main(overrides: list[str]) -> int:
     write_report(
         folder.path, report, scored, curves=Path(ppo).parent / "metrics.jsonl", num_samples=config.num_samples
     )
+    write_page(folder.path / "report.html", report, scored, lineage_by_folder(parents))
     results = {name: {k: v for k, v in e.items() if k != "exposure"} for name, e in entries.items()}
     folder.finish("report", parents=parents, checks=[], results=results, **stage.cost(), **stage.facts)
     print_table([list(COLUMNS), *table_rows(report)])
     for note in notes_in_words(report):
         print(note)
-    print(f"{report['verdict']}\nreport: {folder.path / 'report.md'} ({stage.cost_in_words()})")
+    print(f"{report['verdict']}\nreport: {folder.path / 'report.html'} ({stage.cost_in_words()})")
     return 0 if all(gate["passed"] for gate in report["gates"]) else GATE_STATUS
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+FOREGROUND = "#101112"  # of text and lines; a colour of the page in its place on a page
 CURVES = {
     "score": "reward's score",
     "kl": "KL to the start, nats per response",
@@ -13,7 +15,7 @@ CURVES = {
 }
 
 
-def plot_scores(report: dict[str, Any], path: Path) -> str:
+def plot_scores(report: dict[str, Any]) -> Any:
     """Gold and proxy of every system with 95% intervals."""
     pyplot = _pyplot()
     judges = [j for j in ("gold", "proxy") if all(e[j] is not None for e in report["systems"].values())]
@@ -30,10 +32,10 @@ def plot_scores(report: dict[str, Any], path: Path) -> str:
         axis.invert_yaxis()
         axis.set_title(f"{judge} score, 95% interval")
         axis.grid(axis="x", alpha=0.3)
-    return _saved(figure, path)
+    return figure
 
 
-def plot_training(rows: Sequence[dict[str, float]], path: Path) -> str:
+def plot_training(rows: Sequence[dict[str, float]]) -> Any:
     """Score, KL and length over the updates of a PPO run."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(1, len(CURVES), figsize=(10, 2.8))
@@ -42,10 +44,10 @@ def plot_training(rows: Sequence[dict[str, float]], path: Path) -> str:
         axis.set_title(title)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
-    return _saved(figure, path)
+    return figure
 
 
-def plot_excess_error(report: dict[str, Any], path: Path) -> str:
+def plot_excess_error(report: dict[str, Any]) -> Any:
     """Excess accumulated error of every system over the length, with its bands."""
     figure, axis = _pyplot().subplots(figsize=(6, 3.6))
     for name, entry in report["systems"].items():
@@ -55,15 +57,15 @@ def plot_excess_error(report: dict[str, Any], path: Path) -> str:
             (line,) = axis.plot(lengths, [each["mean"] for each in excess], label=name)
             ends = ([each[end] for each in excess] for end in ("low", "high"))
             axis.fill_between(lengths, *ends, color=line.get_color(), alpha=0.15)
-    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhline(0, color=FOREGROUND, linewidth=0.8)
     axis.set_xlabel("length, tokens")
     axis.set_title(f"excess accumulated error, %, {_bands(report)}")
     axis.legend()
     axis.grid(alpha=0.3)
-    return _saved(figure, path)
+    return figure
 
 
-def plot_diversity(report: dict[str, Any], path: Path) -> str:
+def plot_diversity(report: dict[str, Any]) -> Any:
     """The gold score of every system, else the proxy's, against its diversity, with 95% intervals."""
     figure, axis = _pyplot().subplots(figsize=(6, 3.6))
     judge = "gold" if all(entry["gold"] for entry in report["systems"].values()) else "proxy"
@@ -75,19 +77,98 @@ def plot_diversity(report: dict[str, Any], path: Path) -> str:
     axis.set_title(f"{judge} score against diversity, {_bands(report)}")
     axis.legend()
     axis.grid(alpha=0.3)
-    return _saved(figure, path)
+    return figure
+
+
+def plot_win_rates(report: dict[str, Any], judge: str) -> Any:
+    """The win rate of every system against the baseline by a judge, with 95% intervals."""
+    rates = [each for each in report["win_rates"] if each["judge"] == judge]
+    figure, axis = _pyplot().subplots(figsize=(6, 0.6 + 0.35 * len(rates)))
+    means = [each["win_rate"] for each in rates]
+    errors = [[r["win_rate"] - r["low"] for r in rates], [r["high"] - r["win_rate"] for r in rates]]
+    axis.barh([each["a"] for each in rates], means, xerr=errors, color="tab:blue", alpha=0.7, capsize=3)
+    axis.axvline(0.5, color=FOREGROUND, linewidth=0.8)
+    axis.set_xlim(0, 1)
+    axis.invert_yaxis()
+    axis.set_title(f"win rate against {report['baseline']} by {judge}, {_bands(report)}")
+    return figure
+
+
+def plot_frontier(report: dict[str, Any]) -> Any:
+    """Gold and proxy of every system against the root of its KL."""
+    figure, axis = _pyplot().subplots(figsize=(6, 3.6))
+    for judge, marker in (("gold", "o"), ("proxy", "x")):
+        points = [
+            (name, entry["kl"], entry[judge])
+            for name, entry in report["systems"].items()
+            if entry["kl"] is not None and entry[judge] is not None
+        ]
+        for number, (name, kl, score) in enumerate(points):
+            x, ends = max(kl, 0.0) ** 0.5, (score["mean"] - score["low"], score["high"] - score["mean"])
+            color = "tab:orange" if judge == "proxy" else "tab:blue"
+            label = judge if number == 0 else None
+            axis.errorbar(x, score["mean"], yerr=[[e] for e in ends], fmt=marker, color=color, label=label)
+            if judge == "gold" or report["systems"][name]["gold"] is None:
+                axis.annotate(name, (x, score["mean"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axis.set_xlabel(f"root of KL to {report['baseline']}, nats per response")
+    axis.set_title(f"score against KL, {_bands(report)}")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def plot_lengths(lengths: Mapping[str, Sequence[int]]) -> Any:
+    """How long the responses of every system are."""
+    figure, axis = _pyplot().subplots(figsize=(6, 3.2))
+    longest = max(max(each) for each in lengths.values())
+    bins = [round(i * longest / 20, 3) for i in range(21)]
+    for name, each in lengths.items():
+        axis.hist(each, bins=bins, histtype="step", label=name)
+    axis.set_xlabel("tokens of a response")
+    axis.set_title("lengths")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def plot_curves(stage: str, rows: Sequence[Mapping[str, float]], keys: Sequence[str]) -> Any:
+    """Some metrics of a stage over its steps, each where a row has it."""
+    figure, axes = _pyplot().subplots(1, len(keys), figsize=(3.2 * len(keys), 2.6), squeeze=False)
+    for axis, key in zip(axes[0], keys, strict=True):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axis.plot(*zip(*points, strict=True), color="tab:blue")
+        axis.set_title(f"{stage}: {key}", fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def saved(figure: Any, path: Path) -> str:
+    """Write a figure as PNG and close it; returns the file's name."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    _pyplot().close(figure)
+    return path.name
+
+
+def as_svg(figure: Any, name: str) -> str:
+    """A figure as an <svg> element whose text and lines have the page's own colour, and close it.
+
+    `name` keeps its ids apart from those of other figures on the page.
+    """
+    import matplotlib
+
+    figure.tight_layout()
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    _pyplot().close(figure)
+    text = file.getvalue()
+    return text[text.index("<svg") :].replace(FOREGROUND, "currentColor")
 
 
 def _bands(report: dict[str, Any]) -> str:
     """What the intervals of a report are."""
     return "lowest and highest seed" if len(report.get("seeds", ())) > 1 else "95% interval"
-
-
-def _saved(figure: Any, path: Path) -> str:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
-    return path.name
 
 
 def _pyplot() -> Any:
@@ -96,4 +177,7 @@ def _pyplot() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
+        matplotlib.rcParams[key] = FOREGROUND
+    matplotlib.rcParams["legend.framealpha"] = 0.0
     return pyplot

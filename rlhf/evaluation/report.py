@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.evaluation.compare import Scored
-from rlhf.evaluation.plots import CURVES, plot_diversity, plot_excess_error, plot_scores, plot_training
+from rlhf.evaluation.plots import CURVES, plot_diversity, plot_excess_error, plot_scores, plot_training, saved
 from rlhf.files import write_text
 from rlhf.processes import by_main
 
@@ -115,6 +115,15 @@ def preference_table(report: dict[str, Any], judge: str) -> list[list[str]]:
     return rows
 
 
+def signals_table(report: dict[str, Any]) -> list[list[str]]:
+    """The signs of a hacked reward: a header, and a row a system, as text."""
+    keys = next(iter(report["signals"].values()))
+    rows = [["system", *(key.replace("_", " ") for key in keys)]]
+    for name, own in report["signals"].items():
+        rows.append([name, *("-" if value is None else f"{value:.2f}" for value in own.values())])
+    return rows
+
+
 def notes_in_words(report: dict[str, Any]) -> list[str]:
     """What a reader of the tables must know besides."""
     gates = [
@@ -157,12 +166,15 @@ def write_report(
         write_text(responses / f"{each.system.name}.jsonl", "".join(lines))
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    names = [plot_scores(report, plots / "scores.png"), plot_diversity(report, plots / "diversity.png")]
+    names = [
+        saved(plot_scores(report), plots / "scores.png"),
+        saved(plot_diversity(report), plots / "diversity.png"),
+    ]
     if report["excess_error_length"] is not None:
-        names.append(plot_excess_error(report, plots / "excess_error.png"))
+        names.append(saved(plot_excess_error(report), plots / "excess_error.png"))
     rows = [] if curves is None or not curves.exists() else training_rows(curves)
     if rows:
-        names.append(plot_training(rows, plots / "training.png"))
+        names.append(saved(plot_training(rows), plots / "training.png"))
     write_text(
         folder / "report.md", _markdown(report, scored, [f"plots/{name}" for name in names], num_samples)
     )
@@ -185,6 +197,11 @@ def _markdown(
 ) -> str:
     scores = table([list(COLUMNS), *table_rows(report)])
     notes = "".join(f"- {escaped(note)}\n" for note in notes_in_words(report))
+    warned = "\n".join(
+        f"- **{escaped(name)}**: {escaped(line)}"
+        for name, lines in report["warnings"].items()
+        for line in lines
+    )
     images = "\n".join(f"![{name}]({name})" for name in plots)
     note = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
     return (
@@ -193,6 +210,7 @@ def _markdown(
         "random numbers for all. Intervals are 95% (bootstrap over prompts). KL is to "
         f"`{report['reference']}`, a bound for best-of-n. Wins are against `{report['baseline']}`.\n\n"
         f"{scores}\n{images}\n\n{_preferences(report)}"
+        f"## Is the reward hacked?\n\n{warned or 'No sign of it.'}\n\n{table(signals_table(report))}\n"
         f"## Exposure bias\n\n{EXPOSURE}\n\n{table(exposure_table(report))}\n{notes}\n"
         f"## Samples\n\n{_samples(scored, num_samples)}"
         "\n## How to reproduce\n\nIn an empty `runs=` folder:\n\n"

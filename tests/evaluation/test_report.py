@@ -11,6 +11,7 @@ import pytest
 from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored, common_length, compare, summarise, verdict
 from rlhf.evaluation.exposure import Evidence, PrefixQuality
+from rlhf.evaluation.hacking import signals
 from rlhf.evaluation.report import (
     COLUMNS,
     exposure_table,
@@ -67,6 +68,8 @@ def report_of(systems: list[Scored]) -> dict[str, Any]:
         "commands": ["./launch.sh stage=evaluate"],
         "versions": {"torch": "2"},
     }
+    found = {s.system.name: signals(s, entries[s.system.name], systems[0]) for s in systems}
+    report |= {"signals": found, "warnings": {"p|po": ["<b>it is long</b>"]}}
     return report | {"verdict": verdict(report)}
 
 

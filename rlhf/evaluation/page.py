@@ -1,0 +1,167 @@
+"""report.html: the report as one page that needs no network, for a browser, a phone or a printer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from rlhf.evaluation import plots
+from rlhf.evaluation.compare import Scored
+from rlhf.evaluation.hacking import highest
+from rlhf.evaluation.report import (
+    COLUMNS,
+    EXPOSURE,
+    PREFERENCES,
+    SIMULATED,
+    exposure_table,
+    notes_in_words,
+    preference_table,
+    signals_table,
+    table_rows,
+)
+from rlhf.files import write_text
+from rlhf.processes import by_main
+
+MOST_SAMPLES = 200  # prompts whose responses are on the page
+CURVES = {
+    "sft": ("loss", "eval_loss"),
+    "rm": ("loss",),
+    "ppo": ("score", "kl", "length", "entropy"),
+}
+
+
+@by_main
+def write_page(
+    path: Path, report: dict[str, Any], scored: Sequence[Scored], stages: Mapping[str, dict[str, Any]]
+) -> None:
+    """Write the page of a report; `stages` are the stage.json of all that the systems stand on, by folder."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    judges = {"gold": "gold", "judge": "the judge", "proxy": "proxy"}
+    judged = {rate["judge"] for rate in report["win_rates"]}
+    main = _main_system(report, scored)
+    page = environment.get_template("page.html.j2").render(
+        report=report,
+        nonce=hashlib.sha256(json.dumps(report, default=str).encode()).hexdigest()[:32],
+        simulated=SIMULATED,
+        scores=[list(COLUMNS), *table_rows(report)],
+        notes=notes_in_words(report),
+        plots=list(_plots(report, scored, [judge for judge in judges if judge in judged])),
+        preferences_explained=PREFERENCES,
+        preferences={judges[j]: preference_table(report, j) for j in judges if j in judged},
+        signals=signals_table(report),
+        highest=[row | {"prompt": as_text(row["prompt"])} for row in highest(main)],
+        judged_system=main.system.name,
+        exposure_explained=EXPOSURE,
+        exposure=exposure_table(report),
+        curves=list(_curves(stages)),
+        orders=_orders(report["baseline"], main.system.name),
+        samples=list(_samples(report["baseline"], main, scored)),
+        origins=_origins(stages),
+    )
+    write_text(path, page)
+
+
+def as_text(prompt: Any) -> str:
+    """A prompt as text: that of one turn, or all of a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _main_system(report: dict[str, Any], scored: Sequence[Scored]) -> Scored:
+    """The system that the verdict is on."""
+    others = [each for each in scored if each.system.name != report["baseline"]] or list(scored)
+    return next((each for each in others if each.system.name == "ppo"), others[-1])
+
+
+def _plots(report: dict[str, Any], scored: Sequence[Scored], judges: Sequence[str]) -> Iterator[Markup]:
+    for judge in judges:
+        yield _svg(plots.plot_win_rates(report, judge), f"wins-{judge}")
+    yield _svg(plots.plot_scores(report), "scores")
+    if any(entry["kl"] is not None for entry in report["systems"].values()):
+        yield _svg(plots.plot_frontier(report), "frontier")
+    yield _svg(plots.plot_diversity(report), "diversity")
+    lengths = {each.system.name: [len(g.tokens) for g in each.generations] for each in scored}
+    yield _svg(plots.plot_lengths(lengths), "lengths")
+    if report["excess_error_length"] is not None:
+        yield _svg(plots.plot_excess_error(report), "excess")
+
+
+def _curves(stages: Mapping[str, dict[str, Any]]) -> Iterator[Markup]:
+    for folder, record in stages.items():
+        file = Path(folder) / "metrics.jsonl"
+        if record["stage"] not in CURVES or not file.exists():
+            continue
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        keys = [key for key in CURVES[record["stage"]] if sum(key in row for row in rows) > 1]
+        if keys:
+            name = f"{Path(folder).parent.name}/{record['stage']}"
+            yield _svg(plots.plot_curves(name, rows, keys), folder)
+
+
+def _svg(figure: Any, name: str) -> Markup:
+    return Markup(plots.as_svg(figure, name))  # matplotlib escapes the names in it
+
+
+def _orders(baseline: str, name: str) -> dict[str, str]:
+    return {
+        "place": "place",
+        "gold": f"gold of {name}, less {baseline}",
+        "worst": f"gold of {baseline}, less {name}",
+        "proxy": f"proxy of {name}",
+        "length": f"length of {name}",
+    }
+
+
+def _samples(baseline: str, main: Scored, scored: Sequence[Scored]) -> Iterator[dict[str, Any]]:
+    [base] = [each for each in scored if each.system.name == baseline]
+    for i in range(min(MOST_SAMPLES, len(base.generations))):
+        gain = 0.0 if main.gold is None or base.gold is None else main.gold[i] - base.gold[i]
+        yield {
+            "prompt": as_text(base.generations[i].prompt),
+            "orders": {
+                "place": -i,
+                "gold": gain,
+                "worst": -gain,
+                "proxy": 0.0 if main.proxy is None else main.proxy[i],
+                "length": len(main.generations[i].tokens),
+            },
+            "rows": [
+                {
+                    "system": each.system.name,
+                    "response": each.generations[i].response,
+                    "gold": "-" if each.gold is None else f"{each.gold[i]:.2f}",
+                    "proxy": "-" if each.proxy is None else f"{each.proxy[i]:.2f}",
+                }
+                for each in scored
+            ],
+        }
+
+
+def _origins(stages: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    rows = [["stage", "from", "data", "weights (sha256)", "failed checks", "minutes"]]
+    for folder, record in stages.items():
+        data = record.get("data", {})
+        rows.append(
+            [
+                f"{Path(folder).parent.name}/{record['stage']}",
+                ", ".join(f"{each['key']}={each['path']}" for each in record.get("parents", [])),
+                ", ".join(f"{key}: {each['records']} of {each['source']}" for key, each in data.items()),
+                str(record.get("model_sha256", ""))[:12],
+                "; ".join(each["name"] for each in record["checks"] if not each["passed"]) or "none",
+                f"{record.get('seconds', 0) / 60:.1f}",
+            ]
+        )
+    return rows
