@@ -21,13 +21,26 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from rlhf.deepspeed_config import check_deepspeed
 from rlhf.hints import hint
-from rlhf.settings import STAGE_CONFIGS, BenchConfig, ComparisonConfig, Decoding, PPOConfig, StageConfig
+from rlhf.settings import (
+    STAGE_CONFIGS,
+    BenchConfig,
+    ChatConfig,
+    ComparisonConfig,
+    Decoding,
+    PPOConfig,
+    StageConfig,
+)
 from rlhf.validation import check_config
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_DIR / "configs"
 STAGES = tuple(STAGE_CONFIGS)
-PROGRAMS: dict[str, type[Any]] = {**STAGE_CONFIGS, "bench": BenchConfig, "exposure": ComparisonConfig}
+PROGRAMS: dict[str, type[Any]] = {
+    **STAGE_CONFIGS,
+    "bench": BenchConfig,
+    "chat": ChatConfig,
+    "exposure": ComparisonConfig,
+}
 GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward", "exposure", "judge")
 SMALL_WEIGHTS = 40e6  # bytes of safetensors below which a local folder gets configs/model/small.yaml
 EXPECTED: dict[Any, str] = {

@@ -317,6 +317,15 @@ class EvaluateConfig(StageConfig):
 
 
 @dataclass
+class ChatConfig(StageConfig):
+    policy: str
+    beside: str | None
+    decoding: Decoding
+    reward: dict[str, Any]
+    proxy: dict[str, Any] | None
+
+
+@dataclass
 class BenchConfig:
     name: str
     runs: str

@@ -119,7 +119,7 @@ def run(stage: str, overrides: list[str]) -> int:
     if config.show:
         show(stage, config)
         return 0
-    if stage != "bench" and (RANK not in os.environ or is_foreign()):
+    if stage not in ("bench", "chat") and (RANK not in os.environ or is_foreign()):
         # where several processes check, none writes before all have met
         folder = StageFolder(config.runs, config.name, stage)
         folder.check_free(overwrite=config.overwrite, resume=config.resume)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,16 +36,23 @@ class Policy:
     engine: Engine
 
     def respond(
-        self, prompts: Sequence[Prompt], decoding: Decoding, *, seed: int, num_return_sequences: int = 1
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        *,
+        seed: int,
+        num_return_sequences: int = 1,
+        heard: Callable[[int, int], None] | None = None,
     ) -> Rollout:
         """Sample one response per prompt, adapters merged meanwhile; seed and place decide a row's tokens.
 
         With beams, each prompt standing `num_return_sequences` times in a row, as many of a search's best.
+        `heard` is called with each row, of this process, and token when it is drawn.
         """
         tokens = [self.codec.encode_prompt(prompt) for prompt in prompts]
-        return self.go_on(tokens, decoding, seed=seed, num_return_sequences=num_return_sequences)
+        return self.go_on(tokens, decoding, seed=seed, num_return_sequences=num_return_sequences, heard=heard)
 
-    def go_on(
+    def go_on(  # noqa: PLR0913 (tokens, how to go on, and who hears of it)
         self,
         tokens: list[list[int]],
         decoding: Decoding,
@@ -53,6 +60,7 @@ class Policy:
         seed: int,
         num_return_sequences: int = 1,
         begun: Sequence[list[int]] | None = None,
+        heard: Callable[[int, int], None] | None = None,
     ) -> Rollout:
         """`respond` after tokens; `begun`: those at the end of each row that penalties take for response."""
         uniforms = draw_uniforms(len(tokens), decoding.max_new_tokens, seed)
@@ -75,6 +83,7 @@ class Policy:
                     uniforms=uniforms[mine],
                     num_return_sequences=num_return_sequences,
                     begun=begun and begun[mine],
+                    heard=heard,
                 )
                 assert rollout.behaviour_logprobs is not None
                 found = (rollout.responses(), rollout.behaviour_logprobs.tolist())

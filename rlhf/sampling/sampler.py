@@ -8,7 +8,7 @@ on how rows are batched.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,13 +55,14 @@ def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and
     uniforms: Tensor,
     num_return_sequences: int = 1,
     begun: Sequence[list[int]] | None = None,
+    heard: Callable[[int, int], None] | None = None,
 ) -> Rollout:
     """Sample one response to each prompt, or search for it with several beams.
 
     `prompts` are token lists, `uniforms` is (B, R). A response ends with its first EOS or is cut at
     `max_new_tokens`. With beams every prompt stands `num_return_sequences` times in a row, for as many of the
     responses that one search finds, the best first. `begun` are tokens at the end of each prompt that
-    penalties take for response.
+    penalties take for response. `heard` is called with each row and token when it is drawn; beams are silent.
     """
     assert uniforms.shape == (len(prompts), decoding.max_new_tokens), uniforms.shape
     batch = left_pad(prompts, pad_token_id, device=model.device)
@@ -81,7 +82,7 @@ def sample(  # noqa: PLR0913 (a model, its special tokens, prompts, decoding and
             loop = _Loop(model, batch, _first_of_equals(prompts))
             before = prompts if decoding.penalty_scope == "all" else begun or [[]] * len(prompts)
             numbers = uniforms.to(model.device)
-            responses, logprobs = _generate(loop, decoding, eos_token_id, numbers, before)
+            responses, logprobs = _generate(loop, decoding, eos_token_id, numbers, before, heard)
     return join(batch, responses, pad_token_id, logprobs)
 
 
@@ -91,12 +92,13 @@ def _first_of_equals(prompts: list[list[int]]) -> list[int]:
     return [first.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]
 
 
-def _generate(
+def _generate(  # noqa: PLR0913 (a loop, what it draws with, and who hears of it)
     loop: _Loop,
     decoding: Decoding,
     eos_token_id: int,
     uniforms: Tensor,
     before: Sequence[list[int]],
+    heard: Callable[[int, int], None] | None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """The tokens of every row up to its first EOS, and their log-probs; penalties see `before` too."""
     responses: list[list[int]] = [[] for _ in uniforms]
@@ -111,6 +113,8 @@ def _generate(
             if not responses[row] or responses[row][-1] != eos_token_id:
                 responses[row].append(token)
                 logprobs[row].append(logprob)
+                if heard is not None:
+                    heard(row, token)
         loop.advance(chosen, chosen == eos_token_id)
         if loop.all_ended():
             break
