@@ -164,6 +164,16 @@ def prompt_key(prompt: Prompt) -> str:
     return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode("utf-8")).hexdigest()
 
 
+def different_prompts(records: Sequence[PromptRecord]) -> list[PromptRecord]:
+    """The first record of every prompt, of those with a reference where one of them has one."""
+    found: dict[str, PromptRecord] = {}
+    for record in records:
+        key = prompt_key(record.prompt)
+        if key not in found or (found[key].reference is None and record.reference is not None):
+            found[key] = record
+    return list(found.values())
+
+
 def find_overlap(records_a: Iterable[Any], records_b: Iterable[Any]) -> list[Prompt]:
     """Return the prompts that both have, in the order of the first and each once."""
     shared = {_key(record) for record in records_b}

@@ -81,6 +81,12 @@ def _demonstration(row: Row) -> Demonstration:
     return Demonstration(_prompt(row), _text(row, key))
 
 
+def _response(row: Row) -> Demonstration:
+    """A demonstration whose response may be empty: what a system said."""
+    silent = isinstance(row.get("response"), str) and not row["response"].strip()
+    return Demonstration(_prompt(row), "") if silent else _demonstration(row)
+
+
 def _ranked(row: Row) -> RankedList:
     prompt = _prompt(row)
     responses = _each(row, "responses", check_text, "a list of texts")
@@ -119,6 +125,7 @@ def _labelled(row: Row) -> LabelledText:
 
 KINDS: dict[str, Callable[[Row], Record]] = {
     "demonstrations": _demonstration,
+    "responses": _response,
     "ranked": _ranked,
     "prompts": _prompt_record,
     "labelled": _labelled,

@@ -172,10 +172,10 @@ def _check_exposure(exposure: Exposure) -> None:
         if name not in given and name not in ("name", "k"):
             raise ValueError(f"exposure.{name}=null: leave it out, and it has its default")
     curved, k, end = exposure.schedule != "linear", exposure.k, exposure.end
-    if curved and k is None and end in (0.0, 1.0):
+    if curved and k is None and end == 0:
         raise ValueError(
-            f"exposure.end={end}: the {exposure.schedule} schedule never gets there; give a number between "
-            "0 and 1, or exposure.k"
+            f"exposure.end={end}: the {exposure.schedule} schedule never gets there; give a number above 0, "
+            "or exposure.k"
         )
     if exposure.schedule == "exponential" and k is not None and k > 1:
         raise ValueError(f"exposure.k={k}: the exponential schedule k^i needs at most 1")

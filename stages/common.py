@@ -7,8 +7,7 @@ import importlib
 import os
 import shlex
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from rlhf.config import load_config, resolved_yaml
 from rlhf.parents import Parent, find_parent, inputs_of
 from rlhf.processes import processes
 from rlhf.records import ReadResult, Record, find_overlap, make_sources, read_records
+from rlhf.reference_scorers import KINDS, check_references
 from rlhf.sources import is_path_like, resolve_model
 from stages import COMMAND_VARIABLE
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rlhf.text import TextCodec
 
 
+SCORERS = ("labeller", "reward", "proxy", "gold")  # settings that a stage may have
 DATA_KEYS = {
     "sft": {"data.demonstrations.train": "demonstrations", "data.demonstrations.eval": "demonstrations"},
     "collect": {"data.prompts.collect": "prompts"},
@@ -129,31 +130,48 @@ class Stage:
 
 
 def check_data(configs: Iterable[tuple[str, Any]]) -> None:
-    """Read one record of everything that (stage, configuration) pairs will read, so that what is amiss with
-    the last stage's data is found before the first one runs.
+    """Read all that (stage, configuration) pairs will read, so that what is amiss with the last stage's data
+    is found before the first one runs.
 
     What a stage or `data.build` has yet to write is passed over. Raises ValueError as the stage would.
     """
-    seen = []
+    seen: dict[str, Sequence[Any]] = {}
     for stage, config in configs:
-        for key, kind in DATA_KEYS[stage].items():
-            source = attrgetter(key)(config)
-            if (source is None and key == "ranked.eval") or source in seen:
+        made = (config.runs, config.data.folder) if config.data.build else (config.runs,)
+        specs = {key: spec for key in SCORERS if (spec := getattr(config, key, None)) is not None}
+        sources = {key: (attrgetter(key)(config), kind) for key, kind in DATA_KEYS[stage].items()}
+        for key, spec in specs.items():
+            if spec["kind"] == "classifier" and spec.get("train") is not None:
+                sources[f"{key}.train"] = (spec["train"], "labelled")
+        for key, (source, kind) in sources.items():
+            place = repr((source, kind))
+            if place in seen or (source is None and key == "ranked.eval"):
                 continue
-            seen.append(source)
-            made = (config.runs, config.data.folder) if config.data.build else (config.runs,)
             paths = [] if source is None else [each.path for each in make_sources(source, key)]
-            if not any(Path(place) in Path(path).absolute().parents for place in made for path in paths):
-                _read(source, kind, key, config.data, limit=1)
+            if any(Path(root) in Path(path).absolute().parents for root in made for path in paths):
+                continue
+            seen[place] = _read(source, kind, key, config.data).records
+        for key, spec in specs.items() if stage in ("ppo", "evaluate") else ():
+            prompts = seen.get(repr((getattr(config.data.prompts, stage), "prompts")))
+            for kind in (part for part in _kinds_of(spec) if part in KINDS):
+                check_references(f"{key}: {kind}", prompts or ())
+        if stage == "ppo" and config.mixer.updates:
+            check_references("mixer.updates", seen.get(repr((config.data.prompts.ppo, "prompts"))) or ())
 
 
-def _read(source: Any, kind: str, key: str, data: Any, *, limit: int | None = None) -> ReadResult:
-    """The records of a key of `data`, which errors name; `limit`: of every file."""
+def _kinds_of(spec: dict[str, Any]) -> Iterator[str]:
+    """The kinds of a scorer and of its parts."""
+    yield spec["kind"]
+    for part in spec.get("parts") or ():
+        yield from _kinds_of(part)
+
+
+def _read(source: Any, kind: str, key: str, data: Any) -> ReadResult:
+    """The records of a key of `data`, which errors name."""
     if source is None:
         raise ValueError(f"{key} is not set: data={data.name} has no such records; give {key}=<file>")
     try:
-        sources = [replace(each, limit=limit or each.limit) for each in make_sources(source, key)]
-        return read_records(sources, kind, on_bad_row=data.on_bad_row)
+        return read_records(make_sources(source, key), kind, on_bad_row=data.on_bad_row)
     except ValueError as error:
         raise ValueError(error if key in str(error) else f"{key}: {error}") from error
 

@@ -22,11 +22,11 @@ from rlhf.evaluation.page import write_page
 from rlhf.evaluation.passes import Evaluation, judge_all, measure_all, sample_all, score_all
 from rlhf.evaluation.report import COLUMNS, notes_in_words, print_table, table_rows, write_report
 from rlhf.evaluation.store import Store
-from rlhf.evaluation.systems import System, build_systems, check_choosers
+from rlhf.evaluation.systems import System, build_systems, check_choosers, saved_responses
 from rlhf.gates import GATE_STATUS, parse_gates
 from rlhf.models.loading import load_codec, num_parameters, same_tokenizer
 from rlhf.parents import Parent, failed_checks, find_parent, lineage, lineage_by_folder, model_paths
-from rlhf.records import PromptRecord
+from rlhf.records import PromptRecord, different_prompts, prompt_key
 from rlhf.rewards import build_scorer
 from stages.common import Stage, resolved
 
@@ -46,14 +46,12 @@ def main(overrides: list[str]) -> int:
     policies = sorted((s for s in systems if not s.is_saved), key=lambda s: s.name != baseline)
     named = config.reference or next((s.path for s in policies), config.model.path)
     reference = resolved(named, config.model)
-    prompts = stage.read(
-        config.data.prompts.evaluate, "prompts", "data.prompts.evaluate", limit=config.num_prompts
-    )
+    prompts, rows = read_prompts(stage)
     warn_of_seen_prompts(stage, prompts)
     engine = build_engine(config.engine, num_parameters(reference, config.model))
     engine = replace(engine, evens_out=False)  # the figures are the same for any number of processes
     proxy, gold = (
-        optional_scorer(key, getattr(config, key), config, engine, prompts) for key in ("proxy", "gold")
+        optional_scorer(key, getattr(config, key), config, engine, rows) for key in ("proxy", "gold")
     )
     if proxy is None and gold is None and config.judge.name == "none":
         raise ValueError(
@@ -67,11 +65,14 @@ def main(overrides: list[str]) -> int:
     store = Store(Path(config.store))
     judge = None if config.judge.name == "none" else LanguageModelJudge(config.judge, store.folder)
     oracle, notes = find_oracle(config, systems)
+    codec, on_bad_row = load_codec(reference, config), config.data.on_bad_row
+    saved = [system for system in systems if system.is_saved]
+    given = {each: saved_responses(each, prompts, codec, on_bad_row=on_bad_row) for each in saved}
     stage.begin()
 
     scorers = {"proxy": proxy, "gold": gold}
-    evaluation = Evaluation(config, engine, prompts, reference, scorers, store)
-    scored = score_all(evaluation, sample_all(evaluation, systems))
+    evaluation = Evaluation(config, engine, prompts, rows, reference, scorers, store)
+    scored = score_all(evaluation, sample_all(evaluation, systems, given))
     judgements, judged = ({}, None) if judge is None else judge_all(judge, scored, baseline)
     scored = measure_all(evaluation, scored, oracle)
     options = {"num_bootstrap": config.bootstrap, "seed": config.seed}
@@ -93,14 +94,7 @@ def main(overrides: list[str]) -> int:
         **compare(scored, baseline, judgements, **options),
         "commands": commands(stage, parents),
     }
-    [base] = [each for each in scored if each.system.name == baseline]
-    found = {each.system.name: signals(each, entries[each.system.name], base) for each in scored}
-    report["signals"] = found
-    report["warnings"] = {
-        name: warnings(name, own, found[baseline], report["differences"])
-        for name, own in found.items()
-        if name != baseline
-    }
+    report |= signs_of_hacking(report, scored)
     gates = parse_gates(config.gate, list(entries))
     report["gates"] = [vars(outcome(gate, report, scored, **options)) for gate in gates]
     report["verdict"] = verdict(report)
@@ -126,6 +120,25 @@ def commands(stage: Stage, parents: list[Parent]) -> list[str]:
     found = [record["command"] for record in lineage(parents) if "command" in record]
     first, *others = dict.fromkeys([*found, stage.facts["command"]])
     return [first, *(f"{command} overwrite=true" for command in others)]
+
+
+def read_prompts(stage: Stage) -> tuple[list[PromptRecord], list[PromptRecord]]:
+    """The evaluation prompts, each once, and all of their rows: several have several references."""
+    config = stage.config
+    rows = stage.read(config.data.prompts.evaluate, "prompts", "data.prompts.evaluate")
+    prompts = different_prompts(rows)[: config.num_prompts]
+    asked = {prompt_key(prompt.prompt) for prompt in prompts}
+    return prompts, [row for row in rows if prompt_key(row.prompt) in asked]
+
+
+def signs_of_hacking(report: dict[str, Any], scored: Sequence[Scored]) -> dict[str, Any]:
+    """The `signals` of every system, and the `warnings` that follow from those of all but the baseline."""
+    baseline = report["baseline"]
+    [base] = [each for each in scored if each.system.name == baseline]
+    found = {each.system.name: signals(each, report["systems"][each.system.name], base) for each in scored}
+    others = [name for name in found if name != baseline]
+    told = {name: warnings(name, found[name], found[baseline], report["differences"]) for name in others}
+    return {"signals": found, "warnings": told}
 
 
 def warn_of_seen_prompts(stage: Stage, prompts: Any) -> None:
@@ -186,6 +199,9 @@ def find_oracle(config: Any, systems: Sequence[System]) -> tuple[str | None, lis
 def notes_on(scored: Sequence[Scored], entries: dict[str, Any], prompts: Sequence[PromptRecord]) -> list[str]:
     """Why measures of exposure bias are missing."""
     notes = []
+    saved = [each.system.name for each in scored if each.system.is_saved]
+    if saved:
+        notes.append(f"no KL and nothing by the oracle, being responses from elsewhere: {', '.join(saved)}")
     missing = sum(prompt.reference is None for prompt in prompts)
     measured = any(each.evidence is not None for each in scored)
     if measured and len(prompts) - missing < LEAST_ROWS:

@@ -28,6 +28,7 @@ NEEDED = {
     "path": ["model.path=gpt2"],
     "small": ["model.path=gpt2"],
     "function": ["reward.function=module:score"],
+    "openai": ["judge.model=m"],
 }
 # All samples of a prompt would be equal.
 REFUSED = {
@@ -398,7 +399,7 @@ MISTAKES = [
     (
         "ppo",
         ["decoding=beam"],
-        "but of collect, evaluate. Rollouts are drawn from the model's own distribution",
+        "but of collect, evaluate, chat. Rollouts are drawn from the model's own distribution",
     ),
     ("ppo", ["decoding.repetition_penalty=1.2"], "penalties, truncation and beams would change it"),
     ("ppo", ["min_p=0.1"], "penalties, truncation and beams would change it"),

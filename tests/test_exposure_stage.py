@@ -148,10 +148,41 @@ def test_the_data_of_the_last_stage_is_looked_at_before_the_first_runs(
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "no prompt of ours"}\n', encoding="utf-8")
     words = [f"stage={stage}", "model=tiny", "data=toy", f"runs={tmp_path}/runs"]
-    for place, message in (("nowhere.jsonl", "nowhere.jsonl"), (str(rows), "rows.jsonl:1")):
-        assert main([*words, f"data.prompts.evaluate={place}"]) == 2
+    late, unlabelled = tmp_path / "late.jsonl", tmp_path / "unlabelled.jsonl"
+    late.write_text('{"prompt": "a", "reference": "b"}\n' * 20 + '{"prompt": "cut sh', encoding="utf-8")
+    unlabelled.write_text('{"text": "a", "label": 1}\n{"text": "b"}\n', encoding="utf-8")
+    for key, place, message in (
+        ("data.prompts.evaluate", "nowhere.jsonl", "nowhere.jsonl"),
+        ("data.prompts.evaluate", rows, "rows.jsonl:1"),
+        ("data.prompts.evaluate", late, "late.jsonl:21"),
+        ("data.demonstrations.eval", late, "late.jsonl:21"),
+        ("data.labelled.gold", unlabelled, "unlabelled.jsonl:2"),
+    ):
+        assert main([*words, f"{key}={place}"]) == 2
         error = capsys.readouterr().err
-        assert message in error and "data.prompts.evaluate" in error and error.count("\n") == 1
+        assert message in error and error.count("\n") == 1, error
+        assert key in error or "gold.train" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_references_are_told_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "reference": "b"}\n{"prompt": "c"}\n', encoding="utf-8")
+    words = [
+        "stage=exposure",
+        "model=tiny",
+        "data=toy",
+        f"runs={tmp_path}/runs",
+        f"data.prompts.ppo={prompts}",
+    ]
+    mixer = ["methods.reinforce=null", "methods.rloo=null"]
+    mixer.append("methods.m=stage=ppo algo=reinforce mixer.updates=2")
+    for method, message in ((["methods.ppo=null"], "reward: rouge_l"), (mixer, "mixer.updates")):
+        assert main([*words, *method]) == 2
+        error = capsys.readouterr().err
+        assert f"{message} needs references, and 1 of 2 prompts have none" in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 

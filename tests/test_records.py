@@ -12,6 +12,7 @@ from rlhf.records import (
     PromptRecord,
     RankedList,
     Source,
+    different_prompts,
     find_overlap,
     make_sources,
     prompt_key,
@@ -161,7 +162,7 @@ def test_a_source_without_any_good_row_is_an_error(source):
 
 
 def test_unknown_kind_and_policy_are_refused(source):
-    with pytest.raises(ValueError, match="kind=pairs: kinds are demonstrations, ranked"):
+    with pytest.raises(ValueError, match="kind=pairs: kinds are demonstrations, responses, ranked"):
         read_records(source(RANKED), "pairs")
     with pytest.raises(ValueError, match="on_bad_row=ignore: stop or skip"):
         read_records(source(RANKED), "ranked", on_bad_row="ignore")
@@ -318,3 +319,10 @@ def test_good_instances_behind_a_bad_one_are_kept(tmp_path):
 def test_a_sources_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=r"data\.x\.(limit|columns)=.* is expected"):
         make_sources({"path": "a.jsonl", **wrong}, "data.x")
+
+
+def test_rows_with_one_prompt_are_one_prompt_with_a_reference_where_there_is_one():
+    turn = [{"role": "user", "content": "a"}]
+    rows = [PromptRecord("a"), PromptRecord("b", "x"), PromptRecord(turn, "y"), PromptRecord("b", "z")]
+    assert different_prompts(rows) == [PromptRecord(turn, "y"), PromptRecord("b", "x")]
+    assert different_prompts([]) == []

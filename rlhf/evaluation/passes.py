@@ -16,7 +16,7 @@ from rlhf.evaluation.exposure import Instruments, evidence_from, measure
 from rlhf.evaluation.judge import Judgement, LanguageModelJudge, total
 from rlhf.evaluation.report import OVERLAPS
 from rlhf.evaluation.store import Store, digest, model_id, scorer_id
-from rlhf.evaluation.systems import Generation, System, generate, reference_logprobs, saved_responses
+from rlhf.evaluation.systems import Generation, System, generate, reference_logprobs
 from rlhf.metrics import progress
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, same_tokenizer
 from rlhf.records import PromptRecord
@@ -27,13 +27,15 @@ from rlhf.sampling.policy import Policy
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What systems are compared on: the prompts, how models run, the policy that KL is measured to, the proxy
-    and gold scorers (None where there is none), and where results are kept.
+    """What systems are compared on: the prompts, each once, and all rows, with their references; how models
+    run, the policy that KL is measured to, the proxy and gold scorers (None where there is none), and where
+    results are kept.
     """
 
     config: Any
     engine: Engine
     records: Sequence[PromptRecord]
+    rows: Sequence[PromptRecord]
     reference: str
     scorers: Mapping[str, Any]
     store: Store
@@ -63,18 +65,15 @@ def _load_policy(path: str, key: str, evaluation: Evaluation) -> Policy:
     return Policy(model, load_codec(path, config), evaluation.engine)
 
 
-def sample_all(evaluation: Evaluation, systems: Sequence[System]) -> dict[System, list[Generation]]:
-    """The responses of every system."""
-    config, records = evaluation.config, evaluation.records
+def sample_all(
+    evaluation: Evaluation, systems: Sequence[System], given: Mapping[System, list[Generation]]
+) -> dict[System, list[Generation]]:
+    """The responses of every system; those of some are given."""
+    records = evaluation.records
     bar = progress(len(systems) * len(records), unit="response", description="evaluate")
     generations = {}
     for number, system in enumerate(systems, start=1):
-        if system.is_saved:
-            codec = load_codec(evaluation.reference, config)
-            found = saved_responses(system, records, codec, on_bad_row=config.data.on_bad_row)
-        else:
-            found = _sampled(evaluation, system, bar)
-        generations[system] = found
+        generations[system] = given[system] if system in given else _sampled(evaluation, system, bar)
         bar.update(number * len(records) - bar.n)
     bar.close()
     _load_policy.cache_clear()
@@ -111,7 +110,8 @@ def score_all(evaluation: Evaluation, generations: Mapping[System, list[Generati
     """
     records = evaluation.records
     known = [i for i, record in enumerate(records) if (record.reference or "").strip()]
-    overlaps = [ReferenceScorer(kind, [records[i] for i in known]) for kind in (OVERLAPS if known else ())]
+    referenced = [row for row in evaluation.rows if (row.reference or "").strip()]
+    overlaps = [ReferenceScorer(kind, referenced) for kind in (OVERLAPS if known else ())]
     bar, results = progress(len(generations), unit="system", description="score"), []
     for system, rows in generations.items():
         scores = {key: _scores(evaluation, key, rows) for key in evaluation.scorers}

@@ -189,7 +189,7 @@ def saved_responses(
     """
     key = f"systems.{system.name}.generations"
     given: dict[str, str] = {}
-    for row in read_records(make_sources(system.path, key), "demonstrations", on_bad_row=on_bad_row).records:
+    for row in read_records(make_sources(system.path, key), "responses", on_bad_row=on_bad_row).records:
         given.setdefault(prompt_key(row.prompt), row.response)
     missing = [record for record in records if prompt_key(record.prompt) not in given]
     if missing:

@@ -64,6 +64,8 @@ class ScheduledSampling:
         below `end`, and without a `k` just that in the last one.
         """
         settings = self.settings
+        if settings.end == 1:  # plain
+            return 1.0
         k = settings.k or slope(settings.schedule, end=settings.end, steps=max(1, steps - 1))
         return max(gold_share(settings.schedule, step, k=k), settings.end)
 

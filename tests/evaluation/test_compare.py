@@ -1,5 +1,7 @@
 """Comparisons: a system against itself, swapped order, KL, and the sentence that sums it up."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +110,22 @@ def test_the_verdict_needs_a_gold_scorer_and_another_system() -> None:
     assert verdict(report_of(*systems, baseline="sft")).startswith("No gold scorer: whether ppo is better")
     alone = report_of(scored("sft", [1.0] * 4), baseline="sft")
     assert verdict(alone) == "sft alone: there is no other system to compare it with."
+
+
+def test_a_prompt_with_several_references_is_asked_once(tmp_path: Path) -> None:
+    from stages.common import Stage
+    from stages.evaluate import read_prompts
+
+    rows = [{"prompt": f"p{i % 3}", "reference": f"r{i}"} for i in range(6)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = [
+        "model=tiny",
+        "data=toy",
+        f"runs={tmp_path}/runs",
+        f"data.prompts.evaluate={file}",
+        "num_prompts=2",
+    ]
+    prompts, all_rows = read_prompts(Stage("evaluate", words))
+    assert [(each.prompt, each.reference) for each in prompts] == [("p0", "r0"), ("p1", "r1")]
+    assert [each.reference for each in all_rows] == ["r0", "r1", "r3", "r4"]

@@ -166,6 +166,11 @@ def test_responses_from_elsewhere_are_told_by_their_prompts(policy: Policy, tmp_
     assert [g.response for g in found] == [row["response"] for row in rows]
     assert {(g.ended, g.logprob) for g in found} == {(None, None)}
     assert [policy.codec.decode_response(g.tokens) for g in found] == [g.response for g in found]
+    silent = tmp_path / "silent.jsonl"
+    silent.write_text('{"prompt": "a", "response": " "}\n', encoding="utf-8")
+    [quiet] = build_systems({"other": {"generations": str(silent)}}, DECODING)
+    [nothing] = saved_responses(quiet, [PromptRecord("a")], policy.codec, on_bad_row="stop")
+    assert nothing.response == "" and policy.codec.decode_response(nothing.tokens) == ""
     unknown = [*PROMPTS, PromptRecord("not in it")]
     with pytest.raises(
         ValueError, match=r"systems.other.generations=.* no response to 1 of 6 prompts.*'not in"

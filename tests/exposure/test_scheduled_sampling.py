@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.config import load_config
 from rlhf.exposure.scheduled_sampling import ScheduledSampling, gold_share, slope
 
 SCHEDULES = ("linear", "exponential", "inverse_sigmoid")
@@ -154,3 +155,11 @@ def test_a_rows_numbers_hang_on_nothing_but_seed_step_and_place() -> None:
     other = ScheduledSampling(sampling().settings, seed=4)
     assert not torch.equal(whole, other.draws(5, 4, 9))
     assert math.isclose(float(whole.mean()), 0.5, abs_tol=0.2) and whole.min() >= 0 and whole.max() < 1
+
+
+@pytest.mark.parametrize("name", ["linear", "exponential", "inverse_sigmoid"])
+def test_an_end_of_one_is_plain_for_every_schedule(name: str) -> None:
+    words = ["exposure=scheduled_sampling", f"exposure.schedule={name}", "exposure.end=1"]
+    settings = load_config("sft", [*words, "model=tiny", "data=toy"]).exposure
+    one = ScheduledSampling(settings, seed=3)
+    assert {one.gold_share(step, 10) for step in range(10)} == {1.0}
