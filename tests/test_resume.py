@@ -196,10 +196,6 @@ def test_evaluation_reads_back_what_was_sampled(tiny_run: Path, tmp_path: Path) 
 
     assert run_until(lambda: len(kept("generations")) > 1, "evaluate", *words).status == -9
     before = kept("generations")
-    assert "resume=true" in run_stage("evaluate", *words).error
-    other = run_stage("evaluate", *words, "resume=true", "decoding.temperature=0.5")
-    assert "decoding.temperature (1.0 -> 0.5)" in other.error
-    assert kept("generations") == before
     assert run_until(lambda: bool(kept("exposure")), "evaluate", *words, "resume=true").status == -9
     assert kept("generations").items() >= before.items()
     measured = kept("exposure")
