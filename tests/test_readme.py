@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf.config import PROJECT_DIR, load_config, split_overrides
-from stages import compare, exposure
+from stages import compare, exposure, seeds
 
 README = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
 
@@ -34,6 +34,8 @@ def test_every_command_is_a_valid_configuration(command: str, tmp_path: Path, mo
     if stage in ("exposure", "compare"):
         {"exposure": exposure.plan, "compare": compare.plan}[stage](overrides)
         return
+    if any(word.startswith(seeds.KEY) for word in overrides):
+        overrides = next(iter(seeds.plan(overrides)[1].values()))
     for name, its in split_overrides(overrides).items() if stage == "all" else [(stage, overrides)]:
         load_config(name, its)
 
