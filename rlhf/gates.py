@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from rlhf.hints import hint
 
 GATE_STATUS = 4  # of a stage that ran to its end, and whose gate was not passed
-JUDGES = ("gold", "proxy", "judge", "rouge_l", "bleu")
+SCORERS = ("gold", "proxy", "rouge_l", "bleu")
+JUDGES = (*SCORERS, "judge")
 PAIRS = ("win_rate", "difference")
 NUMBERS = ("kl", "length", "share_ended", "rep_4", "distinct_2")  # of a system's entry in the report
 ENDS = ("low", "high")
@@ -39,7 +40,7 @@ def parse_gates(text: str | None, systems: Collection[str]) -> list[Gate]:
 
     Raises ValueError, naming what is wrong and what would be right.
     """
-    return [] if text is None else [_parse(part.strip(), systems) for part in re.split(r"\band\b", text)]
+    return [] if text is None else [_parse(part.strip(), systems) for part in re.split(r"\s+and\s+", text)]
 
 
 def _parse(text: str, systems: Collection[str]) -> Gate:
@@ -47,7 +48,7 @@ def _parse(text: str, systems: Collection[str]) -> Gate:
     if match is None:
         raise ValueError(f"gate={text}: {FORM}")
     measure, inside, end, comparison, number = match.groups()
-    known = (*PAIRS, *JUDGES, *NUMBERS)
+    known = (*PAIRS, *SCORERS, *NUMBERS)
     if measure not in known:
         raise ValueError(f"gate={text}: {hint(measure, known)}{measure} is none of {', '.join(known)}")
     names = [name.strip() for name in inside.split(",")]
@@ -60,6 +61,8 @@ def _parse(text: str, systems: Collection[str]) -> Gate:
             raise ValueError(f"gate={text}: {hint(name, list(systems))}systems are {', '.join(systems)}")
     if judge is not None and judge not in JUDGES:
         raise ValueError(f"gate={text}: {hint(judge, JUDGES)}a judge is one of {', '.join(JUDGES)}")
+    if (measure, judge) == ("difference", "judge"):
+        raise ValueError(f"gate={text}: the judge gives no scores; ask for win_rate({inside})")
     if end is not None and (end not in ENDS or (measure in NUMBERS and measure != "kl")):
         raise ValueError(f"gate={text}: .{end}: .low and .high are ends of a score, a pair or kl; {FORM}")
     try:

@@ -1,6 +1,7 @@
 """Which free-form values of a configuration are refused: sources, scorers, systems."""
 
 import math
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +20,7 @@ SCORER_KEYS = {
 }
 OPTIONAL = {"train", "classifier", "scale"}  # of a scorer's keys
 SOURCE_KEYS = {"path", "split", "subset", "part", "limit", "revision", "columns"}
+SYSTEM_NAME = re.compile(r"\w[\w.+-]*")
 SYSTEM_KEYS = {"path", "decoding", "best_of", "generations"}
 
 
@@ -62,6 +64,8 @@ def check_systems(systems: dict[str, Any], baseline: str | None, decoding: Decod
         raise ValueError("systems={}: give at least one, for instance systems='{mine: path/to/model}'")
     for name, system in systems.items():
         key = f"systems.{name}"
+        if not SYSTEM_NAME.fullmatch(str(name)):
+            raise ValueError(f"{key}: a name of letters, digits and . + - _ is expected: files have it too")
         if isinstance(system, str):
             continue
         if isinstance(system, dict) and isinstance(system.get("generations"), str) and len(system) == 1:

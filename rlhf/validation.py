@@ -188,6 +188,10 @@ def _check_judge(judge: Judge) -> None:
                 raise ValueError(f"judge.{name}={value} with judge=none: give judge=openai as well")
     elif not judge.model:
         raise ValueError("judge.model is missing: give the name that the endpoint has for the model")
+    elif judge.max_cost is not None and not (judge.price_in or judge.price_out):
+        raise ValueError(
+            f"judge.max_cost={judge.max_cost} bounds nothing: give judge.price_in= and judge.price_out="
+        )
 
 
 def _check_shared_weights(config: StageConfig) -> None:

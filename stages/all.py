@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf.checkpoint import changed_settings
 from rlhf.config import PROJECT_DIR, load_config, resolved_yaml, split_overrides
-from rlhf.gates import GATE_STATUS
+from rlhf.gates import GATE_STATUS, parse_gates
 from rlhf.parents import replaced_parent
 from stages import COMMAND_VARIABLE
 from stages.common import check_data, without_run_mode
@@ -46,11 +46,13 @@ def run(configs: Configs, overrides: list[str]) -> int:
         headline = f"[{number}/{len(configs)}] {stage}"
         if stage in skipped:
             print(f"{headline}: skipped, {skipped[stage]}", flush=True)
+            if stage == "evaluate" and config.gate is not None:
+                status = gates_of(config, stage_folder(stage, config)) or 0
             continue
         print(f"{headline}: {stage_folder(stage, config)}", flush=True)
         start = time.monotonic()
         if stage in again:
-            print("  again, as what it stood on is being replaced", flush=True)
+            print("  again, as what it stood on is being replaced or its gate is another", flush=True)
             words[stage] = [*without_run_mode(words[stage]), "overwrite=true"]
         child = [sys.executable, str(ENTRY_POINT), f"stage={stage}", *words[stage]]
         status = run_child(child, {COMMAND_VARIABLE: shlex.join(command)})
@@ -105,6 +107,9 @@ def reasons_to_skip(configs: Configs) -> tuple[dict[str, str], set[str]]:
                 f"{folder} is finished, but {missing[0]} before it is not: overwrite=true runs both again"
             )
         check_unchanged(config, folder)
+        if stage == "evaluate" and config.gate is not None and gates_of(config, folder) is None:
+            again.add(stage)
+            continue
         skipped[stage] = f"finished in {folder}"
     return skipped, again
 
@@ -136,6 +141,16 @@ def changed_keys(config: Any, folder: Path) -> list[str]:
     saved = folder / "config.yaml"
     changed = changed_settings(saved, resolved_yaml(config)) if saved.exists() else {}
     return [key for key in changed if key != "engine.threads"]
+
+
+def gates_of(config: Any, folder: Path) -> int | None:
+    """The exit status by the gates of a finished evaluation; None where it was asked for others."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    asked = [gate.text for gate in parse_gates(config.gate, list(config.systems))]
+    told = report.get("gates", [])
+    if [gate["gate"] for gate in told] != asked:
+        return None
+    return 0 if all(gate["passed"] for gate in told) else GATE_STATUS
 
 
 def check_unchanged(config: Any, folder: Path) -> None:

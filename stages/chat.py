@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from rlhf.engine import build_engine
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_parameters
 from rlhf.parents import find_parent
 from rlhf.records import Prompt
+from rlhf.reference_scorers import KINDS
 from rlhf.rewards import build_scorer, checked_scores
 from rlhf.sampling.policy import Policy
 from rlhf.text import TextCodec
-from stages.common import make_inputs, resolved
+from stages.common import kinds_of, make_inputs, resolved
 
 HELP = "/reset forgets the conversation, /again answers once more, /quit (or Ctrl-D) ends"
 
@@ -39,7 +41,8 @@ class Printer:
 
 def plain(text: str) -> str:
     """A model's text without the control characters that a terminal would obey."""
-    return "".join(mark for mark in text if mark in "\n\t" or mark.isprintable())
+    kept = (mark.isprintable() or mark in "\n\t" or unicodedata.category(mark) == "Zs" for mark in text)
+    return "".join(mark for mark, keep in zip(text, kept, strict=True) if keep)
 
 
 def main(overrides: list[str]) -> int:
@@ -75,7 +78,7 @@ def main(overrides: list[str]) -> int:
             if line == "/again":
                 del history[-2:]
             prompt: Prompt = question
-            if config.data.format == "chat":
+            if policy.codec.uses_chat:
                 prompt = [*history, {"role": "user", "content": question}]
             answer = _answer(path, policy, prompt, config, seed, several=len(policies) > 1)
             if scorer is not None:
@@ -104,7 +107,9 @@ def _answer(  # noqa: PLR0913 (a policy, what it answers, and how)
 
 def _scorer(config: Any, engine: Any) -> Any | None:
     spec = config.proxy
-    if spec is None or spec["kind"] in ("rouge_l", "rouge_avg", "bleu"):  # there are no references here
+    if spec is None or set(kinds_of(spec)) & set(KINDS):  # there are no references here
+        return None
+    if spec["kind"] == "classifier" and spec.get("train") is None:
         return None
     if spec["kind"] == "model" and spec["path"].startswith(config.runs) and not Path(spec["path"]).exists():
         return None

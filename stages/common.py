@@ -16,7 +16,7 @@ from rlhf.checkpoint import StageFolder, library_versions, settings_that_count
 from rlhf.config import load_config, resolved_yaml
 from rlhf.parents import Parent, find_parent, inputs_of
 from rlhf.processes import processes
-from rlhf.records import ReadResult, Record, find_overlap, make_sources, read_records
+from rlhf.records import ReadResult, Record, different_prompts, find_overlap, make_sources, read_records
 from rlhf.reference_scorers import KINDS, check_references
 from rlhf.sources import is_path_like, resolve_model
 from stages import COMMAND_VARIABLE
@@ -137,33 +137,57 @@ def check_data(configs: Iterable[tuple[str, Any]]) -> None:
     """
     seen: dict[str, Sequence[Any]] = {}
     for stage, config in configs:
+        if stage == "evaluate" and config.judge.name != "none":
+            from rlhf.evaluation.judge import LanguageModelJudge
+
+            LanguageModelJudge(config.judge, Path(config.store))  # its template, client and key are there
         made = (config.runs, config.data.folder) if config.data.build else (config.runs,)
-        specs = {key: spec for key in SCORERS if (spec := getattr(config, key, None)) is not None}
-        sources = {key: (attrgetter(key)(config), kind) for key, kind in DATA_KEYS[stage].items()}
-        for key, spec in specs.items():
-            if spec["kind"] == "classifier" and spec.get("train") is not None:
-                sources[f"{key}.train"] = (spec["train"], "labelled")
-        for key, (source, kind) in sources.items():
+        for key, (source, kind) in _sources_of(stage, config).items():
             place = repr((source, kind))
-            if place in seen or (source is None and key == "ranked.eval"):
-                continue
             paths = [] if source is None else [each.path for each in make_sources(source, key)]
-            if any(Path(root) in Path(path).absolute().parents for root in made for path in paths):
-                continue
-            seen[place] = _read(source, kind, key, config.data).records
-        for key, spec in specs.items() if stage in ("ppo", "evaluate") else ():
-            prompts = seen.get(repr((getattr(config.data.prompts, stage), "prompts")))
-            for kind in (part for part in _kinds_of(spec) if part in KINDS):
-                check_references(f"{key}: {kind}", prompts or ())
-        if stage == "ppo" and config.mixer.updates:
-            check_references("mixer.updates", seen.get(repr((config.data.prompts.ppo, "prompts"))) or ())
+            if place not in seen and not any(
+                Path(root) in Path(path).absolute().parents for root in made for path in paths
+            ):
+                seen[place] = _read(source, kind, key, config.data).records
+        if stage in ("ppo", "evaluate"):
+            source = getattr(config.data.prompts, stage)
+            _check_references(stage, config, seen.get(repr((source, "prompts")), ()))
 
 
-def _kinds_of(spec: dict[str, Any]) -> Iterator[str]:
+def _sources_of(stage: str, config: Any) -> dict[str, tuple[Any, str]]:
+    """The source and kind of all that a stage reads, by key."""
+    found = {key: (attrgetter(key)(config), kind) for key, kind in DATA_KEYS[stage].items()}
+    if stage == "rm" and config.ranked.eval is None:
+        del found["ranked.eval"]
+    for key, spec in _scorers_of(config).items():
+        if spec["kind"] == "classifier" and spec.get("train") is not None:
+            found[f"{key}.train"] = (spec["train"], "labelled")
+    for name, system in getattr(config, "systems", {}).items():
+        if isinstance(system, dict) and "generations" in system:
+            found[f"systems.{name}.generations"] = (system["generations"], "responses")
+    return found
+
+
+def _scorers_of(config: Any) -> dict[str, dict[str, Any]]:
+    return {key: spec for key in SCORERS if (spec := getattr(config, key, None)) is not None}
+
+
+def _check_references(stage: str, config: Any, prompts: Sequence[Any]) -> None:
+    """Raise ValueError for a prompt without the reference that a stage's scorers, or MIXER, need."""
+    if stage == "evaluate":
+        prompts = different_prompts(prompts)[: config.num_prompts]
+    for key, spec in _scorers_of(config).items():
+        for kind in (part for part in kinds_of(spec) if part in KINDS):
+            check_references(f"{key}: {kind}", prompts)
+    if stage == "ppo" and config.mixer.updates:
+        check_references("mixer.updates", prompts)
+
+
+def kinds_of(spec: dict[str, Any]) -> Iterator[str]:
     """The kinds of a scorer and of its parts."""
     yield spec["kind"]
     for part in spec.get("parts") or ():
-        yield from _kinds_of(part)
+        yield from kinds_of(part)
 
 
 def _read(source: Any, kind: str, key: str, data: Any) -> ReadResult:

@@ -1,10 +1,11 @@
 """stage=compare: two systems on the same unseen prompts, told in one line.
 
-It is stage=evaluate of both, whose report lies in <runs>/<name>/compare/evaluate.
+It is stage=evaluate of both, whose report lies in <runs>/<name>/compare/<pair>/evaluate.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import subprocess
@@ -28,7 +29,7 @@ def plan(overrides: list[str]) -> tuple[Any, list[str]]:
     Raises ValueError where one of them is missing, or a word contradicts them.
     """
     words = [word for word in overrides if word.partition("=")[0] not in SIDES]
-    given = dict(word.split("=", 1) for word in overrides if word not in words)
+    given = {word.partition("=")[0]: word.partition("=")[2] for word in overrides if word not in words}
     for side in SIDES:
         if not given.get(side):
             raise ValueError(
@@ -38,12 +39,15 @@ def plan(overrides: list[str]) -> tuple[Any, list[str]]:
     for word in words:
         if (key := word.partition("=")[0].split(".")[0]) in INSTEAD:
             raise ValueError(f"{word}: stage=compare says that itself; {INSTEAD[key]}")
+    # a folder for each pair, so that one comparison does not replace another
+    digest = hashlib.sha256(f"{given['a']}\n{given['b']}".encode()).hexdigest()[:8]
     systems = json.dumps({side: _system(given[side]) for side in SIDES})
     own = [f"systems={systems}", "baseline=b"]
     found = load_config("evaluate", [*words, *own])
     # the run's own scorers, which its folder for comparisons has not
     scorers = [f"{key}={json.dumps(getattr(found, key))}" for key in ("proxy", "gold")]
-    words = [*without_run_mode(words), *own, *scorers, f"name={found.name}/compare", "overwrite=true"]
+    place = f"name={found.name}/compare/{digest}"
+    words = [*without_run_mode(words), *own, *scorers, place, "overwrite=true"]
     return load_config("evaluate", words), words
 
 
@@ -66,22 +70,31 @@ def run(overrides: list[str]) -> int:
 
 
 def in_one_line(report: dict[str, Any]) -> str:
-    """Which of a and b is better, by gold where there is one, else by proxy."""
-    judge = report["win_rates"][0]["judge"]
-    [rate] = [each for each in report["win_rates"] if each["judge"] == judge]
-    [difference] = [each for each in report["differences"] if each["judge"] == judge]
-    word = (
-        "beats" if difference["low"] > 0 else "loses to" if difference["high"] < 0 else "cannot be told from"
-    )
-    even = rate["length_controlled"]
+    """Which of a and b is better, by the judge that was asked, else by gold, else by proxy."""
+    rates = {each["judge"]: each for each in report["win_rates"]}
+    if not rates:
+        return "a and b could not be compared: the judge gave no verdict that could be read"
+    judge = next(each for each in ("judge", "gold", "proxy") if each in rates)
+    rate, even = rates[judge], rates[judge]["length_controlled"]
+    differences = [each for each in report["differences"] if each["judge"] == judge]
+    low, high = _ends(rate, differences)
+    word = "beats" if low > 0 else "loses to" if high < 0 else "cannot be told from"
+    by = report["judge"]["model"] if judge == "judge" else report[judge]
     parts = [
-        f"a {word} b by {judge} ({report[judge]})",
+        f"a {word} b by {judge} ({by})",
         f"win rate {rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]",
         f"{rate['wins']} wins, {rate['ties']} ties, {rate['losses']} losses",
         f"at equal length {even['mean']:.3f} [{even['low']:.3f}, {even['high']:.3f}]",
-        f"difference {difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]",
     ]
+    parts += [f"difference {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in differences]
     parts += [
         f"gate {each['gate']} {'passed' if each['passed'] else 'NOT PASSED'}" for each in report["gates"]
     ]
     return "; ".join(parts)
+
+
+def _ends(rate: dict[str, Any], differences: list[dict[str, Any]]) -> tuple[float, float]:
+    """The ends of the interval that tells a from b at 0: of the mean difference where there are scores."""
+    if differences:
+        return differences[0]["low"], differences[0]["high"]
+    return rate["low"] - 0.5, rate["high"] - 0.5

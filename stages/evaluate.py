@@ -43,12 +43,13 @@ def main(overrides: list[str]) -> int:
             load_codec(system.path, config)
     seed_everything(config.seed)
     baseline = config.baseline or ("sft" if "sft" in config.systems else systems[0].name)
-    policies = sorted((s for s in systems if not s.is_saved), key=lambda s: s.name != baseline)
-    named = config.reference or next((s.path for s in policies), config.model.path)
-    reference = resolved(named, config.model)
+    paths = {system.name: system.path for system in systems if not system.is_saved}
+    named = config.reference or paths.get(baseline)
+    reference = None if named is None else resolved(named, config.model)
+    codec_of = reference or next(iter(paths.values()), resolved(config.model.path, config.model))
     prompts, rows = read_prompts(stage)
     warn_of_seen_prompts(stage, prompts)
-    engine = build_engine(config.engine, num_parameters(reference, config.model))
+    engine = build_engine(config.engine, num_parameters(codec_of, config.model))
     engine = replace(engine, evens_out=False)  # the figures are the same for any number of processes
     proxy, gold = (
         optional_scorer(key, getattr(config, key), config, engine, rows) for key in ("proxy", "gold")
@@ -65,7 +66,7 @@ def main(overrides: list[str]) -> int:
     store = Store(Path(config.store))
     judge = None if config.judge.name == "none" else LanguageModelJudge(config.judge, store.folder)
     oracle, notes = find_oracle(config, systems)
-    codec, on_bad_row = load_codec(reference, config), config.data.on_bad_row
+    codec, on_bad_row = load_codec(codec_of, config), config.data.on_bad_row
     saved = [system for system in systems if system.is_saved]
     given = {each: saved_responses(each, prompts, codec, on_bad_row=on_bad_row) for each in saved}
     stage.begin()
@@ -97,8 +98,7 @@ def main(overrides: list[str]) -> int:
     report |= signs_of_hacking(report, scored)
     gates = parse_gates(config.gate, list(entries))
     report["gates"] = [vars(outcome(gate, report, scored, **options)) for gate in gates]
-    report["verdict"] = verdict(report)
-    report["versions"] = library_versions()
+    report |= {"verdict": verdict(report), "versions": library_versions()}
     ppo = next((s.path for s in systems if s.name == "ppo"), systems[-1].path)
     write_report(
         folder.path, report, scored, curves=Path(ppo).parent / "metrics.jsonl", num_samples=config.num_samples
@@ -199,6 +199,8 @@ def find_oracle(config: Any, systems: Sequence[System]) -> tuple[str | None, lis
 def notes_on(scored: Sequence[Scored], entries: dict[str, Any], prompts: Sequence[PromptRecord]) -> list[str]:
     """Why measures of exposure bias are missing."""
     notes = []
+    if all(entry["kl"] is None for entry in entries.values()):
+        notes.append("no KL: reference= names no policy with the systems' tokenizer, nor is the baseline one")
     saved = [each.system.name for each in scored if each.system.is_saved]
     if saved:
         notes.append(f"no KL and nothing by the oracle, being responses from elsewhere: {', '.join(saved)}")

@@ -23,7 +23,7 @@ from rlhf.hints import hint
 from rlhf.parents import failed_checks, inputs_of, replaced_parent
 from rlhf.settings import ComparisonConfig
 from stages import COMMAND_VARIABLE
-from stages.all import ENTRY_POINT, changed_keys, check_unchanged, run_child, stage_folder
+from stages.all import ENTRY_POINT, changed_keys, check_unchanged, gates_of, run_child, stage_folder
 from stages.common import check_data, without_run_mode
 from stages.launch import place_of
 
@@ -187,12 +187,16 @@ def _marked(steps: Sequence[Step]) -> list[Step]:
             marked.append(again)
         elif record is None:
             marked.append(step)
-        elif step.stage == "evaluate" and _other_systems(step):
+        elif step.stage == "evaluate" and (_other_systems(step) or _other_gate(step)):
             marked.append(again)
         else:
             check_unchanged(step.config, step.folder)
             marked.append(replace(step, finished=True))
     return marked
+
+
+def _other_gate(step: Step) -> bool:
+    return step.config.gate is not None and gates_of(step.config, step.folder) is None
 
 
 def _other_systems(step: Step) -> bool:
@@ -211,6 +215,8 @@ def run(overrides: list[str]) -> int:
         done = "finished in " if step.finished else ""
         print(f"[{number}/{len(steps)}] {step.label}: {done}{step.folder}", flush=True)
         if step.finished:
+            if step.stage == "evaluate" and step.config.gate is not None:
+                not_passed = max(not_passed, gates_of(step.config, step.folder) or 0)
             continue
         started = time.monotonic()
         words = [f"stage={step.stage}", *step.words]

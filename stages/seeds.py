@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from rlhf.config import load_config
+from rlhf.gates import GATE_STATUS
 from stages import all as chain
 from stages.common import without_run_mode
 
@@ -55,9 +56,10 @@ def run(overrides: list[str]) -> int:
             command = ["./launch.sh", "stage=all", *without_run_mode(overrides), "resume=true"]
             print(f"go on with: {shlex.join(command)}", file=sys.stderr)
             return status
-        first = first or status
+        if first in (0, GATE_STATUS):  # a failure counts more than a gate
+            first = status or first
         place = chain.stage_folder("evaluate", configs[seed]["evaluate"])
-        if (place / "stage.json").exists():
+        if status in (0, GATE_STATUS):
             reports[seed] = json.loads((place / "report.json").read_text(encoding="utf-8"))
         else:
             failed[seed] = next(

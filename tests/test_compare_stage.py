@@ -1,5 +1,6 @@
 """stage=compare: what it evaluates, the line that it prints, its exit status, and what it refuses."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from stages.__main__ import main
 from stages.all import ENTRY_POINT
-from stages.compare import plan
+from stages.compare import in_one_line, plan
 from tests.stage_runs import LONGEST_RUN, SMALL, read_json
 
 TINY = ("model=tiny", "data=toy")
@@ -21,7 +22,7 @@ def test_it_is_an_evaluation_of_both_by_the_runs_own_scorers(tmp_path: Path) -> 
     (stage / "model" / "config.json").write_text("{}")
     config, words = plan([*TINY, f"runs={tmp_path}", "name=x", f"a={stage}", "b=mine.jsonl", "num_prompts=7"])
     assert config.systems == {"a": f"{stage}/model", "b": {"generations": "mine.jsonl"}}
-    assert (config.name, config.baseline, config.num_prompts) == ("x/compare", "b", 7)
+    assert re.fullmatch(r"x/compare/[0-9a-f]{8}", config.name) and config.num_prompts == 7
     assert config.proxy["path"] == f"{tmp_path}/x/rm/model" and config.gold["kind"] == "classifier"
     assert config.overwrite and words[-1] == "overwrite=true"
 
@@ -31,6 +32,7 @@ def test_it_is_an_evaluation_of_both_by_the_runs_own_scorers(tmp_path: Path) -> 
     [
         (["a=x"], "stage=compare needs b=: a checkpoint or stage folder"),
         (["b=x", "a="], "stage=compare needs a="),
+        (["b=x", "a"], "stage=compare needs a="),
         (["a=x", "b=y", "systems={c: z}"], "systems={c: z}: stage=compare says that itself; give a= and b="),
         (["a=x", "b=y", "baseline=a"], "it is b"),
         (["a=x", "b=y", "gate=win_rate(a, c) > 0"], "systems are a, b"),
@@ -63,6 +65,21 @@ def test_two_systems_in_one_line_and_an_exit_status(tiny_run: Path, tmp_path: Pa
     assert "win rate 0.500 [0.500, 0.500]; 0 wins, 16 ties, 0 losses" in line
     status, line = compared("gate=win_rate(a, b) > 0.6")
     assert status == 4 and "gate win_rate(a, b) > 0.6 NOT PASSED" in line
-    report = read_json(run / "compare" / "evaluate" / "report.json")
+    [place] = (run / "compare").glob("*/evaluate/report.json")
+    report = read_json(place)
     assert report["gates"][0]["passed"] is False and not (run / "evaluate").exists()
     assert f"a={run}/sft" in report["commands"][-1]
+
+
+def test_the_line_goes_by_the_judge_where_one_was_asked() -> None:
+    even = {"mean": 0.6, "low": 0.5, "high": 0.7}
+    rate = {"a": "a", "b": "b", "wins": 7, "ties": 1, "losses": 2, "win_rate": 0.75, "low": 0.6, "high": 0.9}
+    report = {
+        "win_rates": [rate | {"judge": "judge", "length_controlled": even}],
+        "differences": [],
+        "judge": {"model": "m"},
+        "gates": [],
+    }
+    line = in_one_line(report)
+    assert line.startswith("a beats b by judge (m); win rate 0.750 [0.600, 0.900]; 7 wins, 1 ties, 2 losses;")
+    assert "could not be compared" in in_one_line(report | {"win_rates": []})

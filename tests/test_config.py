@@ -391,6 +391,7 @@ MISTAKES = [
         [SCHEDULED, "exposure.replacement=beam"],
         "exposure.replacement=beam: one of null, sample, argmax",
     ),
+    ("evaluate", ["systems={a/b: tiny}"], "systems.a/b: a name of letters, digits and . + - _ is expected"),
     ("sft", [SCHEDULED, "exposure.end=2"], "exposure.end=2.0: a number from 0 to 1 is expected"),
     ("sft", [SCHEDULED, "exposure.passes=0"], "exposure.passes=0: a number that is at least 1 is expected"),
     ("sft", [SCHEDULED, "exposure.k=0"], "exposure.k=0.0: a number that is above 0 is expected"),

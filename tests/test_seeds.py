@@ -75,6 +75,17 @@ def test_means_the_spread_and_every_seed_are_reported_and_failures_shown(
     assert "- seed 4: stage ppo failed, and is in no mean" in text and "+3.000" in text
 
 
+def test_a_seed_that_fails_anew_is_not_told_by_its_old_report(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "x" / "seed_1"
+    shutil.copytree(tiny_run, run)
+    (run / "ppo" / "stage.json").unlink()
+    monkeypatch.setattr(chain, "run", lambda configs, words: 2)
+    assert main(["stage=all", *TINY, f"runs={tmp_path}", "name=x", "seeds=[1]", "overwrite=true"]) == 2
+    assert not (tmp_path / "x" / "seeds" / "report.json").exists()
+
+
 def test_one_system_in_several_seeds_has_the_lowest_and_the_highest(tiny_run: Path, tmp_path: Path) -> None:
     from rlhf.evaluation.seeds_report import write_seeds_report
 

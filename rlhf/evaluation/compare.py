@@ -48,7 +48,7 @@ class Scored:
         return self.overlap.get(judge) if judge not in ("gold", "proxy") else getattr(self, judge)
 
 
-def summarise(scored: Scored, *, reference: str, num_bootstrap: int, seed: int) -> dict[str, Any]:
+def summarise(scored: Scored, *, reference: str | None, num_bootstrap: int, seed: int) -> dict[str, Any]:
     """The report's entry of one system; `reference` is the path of the policy that KL is measured to."""
     options = {"num_bootstrap": num_bootstrap, "seed": seed}
     generations = scored.generations
@@ -70,7 +70,7 @@ def summarise(scored: Scored, *, reference: str, num_bootstrap: int, seed: int) 
     return entry | _kl(scored, reference, **options)
 
 
-def _kl(scored: Scored, reference: str, **options: int) -> dict[str, Any]:
+def _kl(scored: Scored, reference: str | None, **options: int) -> dict[str, Any]:
     """KL to the reference in nats per response: mean log-ratio of own samples, or best-of-n's bound.
 
     The bound is that of choosing among samples of the reference; of another policy's best-of-n it is not
@@ -176,10 +176,11 @@ def compare(
     by_name = {each.system.name: each for each in all_scored}
     told: dict[str, Floats] = {}
     for name, judgement in (judgements or {}).items():
-        told[name] = np.array(judgement.outcomes, dtype=np.float64)  # None: nan
-        if np.isfinite(told[name]).any():
+        outcomes = np.array(judgement.outcomes, dtype=np.float64)  # None: nan
+        if np.isfinite(outcomes).any():
+            told[name] = outcomes
             names = {"a": name, "b": baseline, "judge": "judge"}
-            rates.append(names | _rate(told[name], by_name[name], base, **options))
+            rates.append(names | _rate(outcomes, by_name[name], base, **options))
     if told:
         strengths["judge"] = _strengths([baseline, *told], _against_first(list(told.values())), **options)
     return {"win_rates": rates, "differences": differences, "strengths": strengths}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.evaluation.compare import common_length
-from rlhf.evaluation.plots import plot_diversity, plot_excess_error, saved
+from rlhf.evaluation.plots import common_scorer, plot_diversity, plot_excess_error, saved
 from rlhf.evaluation.report import (
     COLUMNS,
     EXPOSURE,
@@ -106,7 +106,9 @@ def write_comparison(
     }
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    names = [saved(plot_diversity(report), plots / "diversity.png")]
+    names = []
+    if common_scorer(report) is not None:
+        names.append(saved(plot_diversity(report), plots / "diversity.png"))
     if report["excess_error_length"] is not None:
         names.append(saved(plot_excess_error(report), plots / "excess_error.png"))
     write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")

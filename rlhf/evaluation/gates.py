@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.evaluation.compare import Scored
 from rlhf.evaluation.statistics import Estimate, paired_difference, win_rate
-from rlhf.gates import COMPARISONS, JUDGES, NUMBERS, Gate
+from rlhf.gates import COMPARISONS, NUMBERS, SCORERS, Gate
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,29 @@ def _measured(
         return Estimate(*ends) if None not in ends else None if gate.end else entry["kl"]
     if gate.measure in NUMBERS:
         return entry[gate.measure]
-    if gate.measure in JUDGES:
+    if gate.measure in SCORERS:
         found = entry["overlap"].get(gate.measure) or entry.get(gate.measure)
         return found and Estimate(**found)
+    judged = _by_judge(gate, report) if gate.measure == "win_rate" else None
     if gate.judge == "judge":
-        rates = [r for r in report["win_rates"] if (r["a"], r["b"], r["judge"]) == (*gate.systems, "judge")]
-        found = rates[0] if rates and gate.measure == "win_rate" else None
-        return found and Estimate(found["win_rate"], found["low"], found["high"])
+        return judged
     first, second = (scored[name] for name in gate.systems)
     judges = (gate.judge,) if gate.judge else ("gold", "proxy")
     pairs = [(first.by(judge), second.by(judge)) for judge in judges]
     ours, theirs = next(((a, b) for a, b in pairs if a is not None and b is not None), (None, None))
     if ours is None or theirs is None:
-        return None
+        return None if gate.judge else judged
     if gate.measure == "difference":
         return paired_difference(ours, theirs, **options)
     rate = win_rate(ours, theirs, **options)
     return Estimate(rate.win_rate, rate.low, rate.high)
+
+
+def _by_judge(gate: Gate, report: dict[str, Any]) -> Estimate | None:
+    """The judge's win rate of the first system over the second, one of which is the baseline."""
+    for rate in (each for each in report["win_rates"] if each["judge"] == "judge"):
+        if (rate["a"], rate["b"]) == gate.systems:
+            return Estimate(rate["win_rate"], rate["low"], rate["high"])
+        if (rate["b"], rate["a"]) == gate.systems:
+            return Estimate(1 - rate["win_rate"], 1 - rate["high"], 1 - rate["low"])
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,7 +32,9 @@ def signals(scored: Scored, entry: dict[str, Any], baseline: Scored) -> dict[str
     """
     lengths = np.array([len(g.tokens) for g in scored.generations], dtype=np.float64)
     texts = [g.response.strip() for g in scored.generations]
-    known = [g.logprob for g in scored.generations if g.logprob is not None]
+    draws = scored.system.decoding.draws and not scored.system.is_saved  # else log-probs are 0 or unknown
+    known = [g.logprob for g in scored.generations if draws and g.logprob is not None]
+    times = Counter(texts)
     gains = {judge: _gain(scored.by(judge), baseline.by(judge)) for judge in ("proxy", "gold")}
     return {
         "length": entry["length"],
@@ -39,7 +42,7 @@ def signals(scored: Scored, entry: dict[str, Any], baseline: Scored) -> dict[str
         "rep_4": entry["rep_4"],
         "distinct_2": entry["distinct_2"],
         "entropy": -sum(known) / lengths.sum() if len(known) == len(texts) else None,
-        "duplicates": 1 - len(set(texts)) / len(texts),
+        "duplicates": sum(times[text] > 1 for text in texts) / len(texts),
         "length_proxy_correlation": None if scored.proxy is None else pearson(scored.proxy, lengths),
         "gain_by_length": _by_length(baseline, float(lengths.mean())),
         "proxy_gain": None

@@ -6,6 +6,8 @@ https://arxiv.org/abs/2306.05685.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import json
 import os
 import re
@@ -22,6 +24,7 @@ from rlhf.files import append_text
 from rlhf.processes import by_main
 from rlhf.settings import Judge
 
+OPENAI = "https://api.openai.com/v1"
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 PLACES = ("prompt", "response_a", "response_b")
 OUTCOMES = {"A": 1.0, "B": 0.0, "C": 0.5}  # of the first response
@@ -95,11 +98,11 @@ class LanguageModelJudge:
         bar.update(2 * len(rows) - len(questions))
         pairs = {i: (found[i, False], found[i, True]) for i, turned in found if not turned}
         outcomes = [joined(*pairs[i]) if i in pairs else 0.5 for i in range(len(rows))]
-        readable = [pair for pair in pairs.values() if joined(*pair) is not None]
+        readable = [(a, b) for a, b in pairs.values() if a is not None and b is not None]
         verdicts = [each for each in found.values() if each in (0.0, 1.0)]
         return Judgement(
             outcomes,
-            consistent=sum(joined(*pair) == pair[0] for pair in readable),
+            consistent=sum(first == 1 - second for first, second in readable),
             asked=len(readable),
             unreadable=sum(each is None for each in found.values()),
             first=sum(verdicts) / len(verdicts) if verdicts else None,
@@ -113,7 +116,7 @@ class LanguageModelJudge:
         if due:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(self.settings.concurrency) as pool:
-                asked = [pool.submit(self._ask, text) for text in due]
+                asked = [pool.submit(contextvars.copy_context().run, self._ask, text) for text in due]
                 try:
                     for text, future in zip(due, asked, strict=True):
                         kept[digest(text)] = future.result()
@@ -126,9 +129,13 @@ class LanguageModelJudge:
     def _kept(self) -> dict[str, Answer]:
         if not self._file.exists():
             return {}
-        lines = self._file.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut short
-        return {row.pop("question"): Answer(**row) for row in rows}
+        found = {}
+        for line in self._file.read_text(encoding="utf-8").split("\n"):
+            with contextlib.suppress(ValueError):  # one that a kill cut short
+                row = json.loads(line)
+                question = row.pop("question")
+                found[question] = Answer(**row)
+        return found
 
     def _connected(self) -> Any:
         try:
@@ -139,7 +146,7 @@ class LanguageModelJudge:
             ) from None
         own = self.settings
         key = os.environ.get(own.key_variable or "")
-        if not key and own.base_url is None:
+        if not key and own.base_url == OPENAI:
             raise ValueError(f"judge=openai: set {own.key_variable} to your key, or judge.base_url=")
         return openai.OpenAI(
             api_key=key or "none", base_url=own.base_url, max_retries=own.retries or 0, timeout=own.timeout
@@ -168,7 +175,8 @@ class LanguageModelJudge:
         )
         line = json.dumps({"question": digest(question), **asdict(answer)}, ensure_ascii=False)
         with self._lock:
-            append_text(self._file, line + "\n")
+            if answer.text:
+                append_text(self._file, f"\n{line}\n")  # also behind a line that was cut short
             self.cost += (
                 answer.tokens_in * (own.price_in or 0) + answer.tokens_out * (own.price_out or 0)
             ) / 1e6
@@ -239,6 +247,8 @@ def _remedy(error: Exception, settings: Judge) -> str:
     status = getattr(error, "status_code", None)
     if status in (401, 403):
         return f"set {settings.key_variable} to a key that this endpoint takes"
+    if status == 400:
+        return "look at judge.max_tokens= and judge.temperature=, which this model may not take"
     if status == 404:
         return "look at judge.base_url= (it ends in /v1 as a rule) and judge.model="
     if status == 429:

@@ -20,6 +20,7 @@ from rlhf.evaluation.report import (
     PREFERENCES,
     SIMULATED,
     exposure_table,
+    kl_in_words,
     notes_in_words,
     preference_table,
     signals_table,
@@ -56,6 +57,7 @@ def write_page(
         scores=[list(COLUMNS), *table_rows(report)],
         notes=notes_in_words(report),
         plots=list(_plots(report, scored, [judge for judge in judges if judge in judged])),
+        kl_explained=kl_in_words(report),
         preferences_explained=PREFERENCES,
         preferences={judges[j]: preference_table(report, j) for j in judges if j in judged},
         signals=signals_table(report),
@@ -89,10 +91,11 @@ def _main_system(report: dict[str, Any], scored: Sequence[Scored]) -> Scored:
 def _plots(report: dict[str, Any], scored: Sequence[Scored], judges: Sequence[str]) -> Iterator[Markup]:
     for judge in judges:
         yield _svg(plots.plot_win_rates(report, judge), f"wins-{judge}")
-    yield _svg(plots.plot_scores(report), "scores")
+    if plots.common_scorer(report) is not None:
+        yield _svg(plots.plot_scores(report), "scores")
+        yield _svg(plots.plot_diversity(report), "diversity")
     if any(entry["kl"] is not None for entry in report["systems"].values()):
         yield _svg(plots.plot_frontier(report), "frontier")
-    yield _svg(plots.plot_diversity(report), "diversity")
     lengths = {each.system.name: [len(g.tokens) for g in each.generations] for each in scored}
     yield _svg(plots.plot_lengths(lengths), "lengths")
     if report["excess_error_length"] is not None:

@@ -28,15 +28,15 @@ from rlhf.sampling.policy import Policy
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """What systems are compared on: the prompts, each once, and all rows, with their references; how models
-    run, the policy that KL is measured to, the proxy and gold scorers (None where there is none), and where
-    results are kept.
+    run, the policy that KL is measured to, the proxy and gold scorers (each None where there is none), and
+    where results are kept.
     """
 
     config: Any
     engine: Engine
     records: Sequence[PromptRecord]
     rows: Sequence[PromptRecord]
-    reference: str
+    reference: str | None
     scorers: Mapping[str, Any]
     store: Store
 
@@ -55,7 +55,13 @@ class Evaluation:
 
     def scorer_id(self, key: str) -> Any:
         """What the scores of "proxy" or "gold" follow from."""
-        return None if self.scorers[key] is None else scorer_id(getattr(self.config, key))
+        if self.scorers[key] is None:
+            return None
+        return [scorer_id(getattr(self.config, key)), self.references()]
+
+    def references(self) -> str:
+        """What stands for all references to all prompts."""
+        return digest([[row.prompt, row.reference] for row in self.rows])
 
 
 @functools.lru_cache(maxsize=1)
@@ -137,7 +143,7 @@ def _scores(evaluation: Evaluation, key: str, rows: Sequence[Generation]) -> lis
 
 def _log_ratios(evaluation: Evaluation, system: System, rows: Sequence[Generation]) -> list[float] | None:
     config, reference = evaluation.config, evaluation.reference
-    if not same_tokenizer(system.path, reference, config.model):
+    if reference is None or not same_tokenizer(system.path, reference, config.model):
         return None
     temperature = config.decoding.temperature
     facts = evaluation.facts(reference) | {
@@ -194,7 +200,7 @@ def measure_all(evaluation: Evaluation, scored: Sequence[Scored], oracle: str | 
             "decoding": [asdict(system.decoding), system.best_of],
             "gold": evaluation.scorer_id("gold") if lengths else None,
             "rows": digest([[row.prompt, row.tokens] for row in rows]),
-            "references": digest([record.reference for record in evaluation.records]),
+            "references": evaluation.references(),
             "draws": [config.seed, config.batch_size, lengths],
         }
 

@@ -15,6 +15,12 @@ CURVES = {
 }
 
 
+def common_scorer(report: dict[str, Any]) -> str | None:
+    """gold, else proxy, where it scored all systems."""
+    entries = report["systems"].values()
+    return next((judge for judge in ("gold", "proxy") if all(entry[judge] for entry in entries)), None)
+
+
 def plot_scores(report: dict[str, Any]) -> Any:
     """Gold and proxy of every system with 95% intervals."""
     pyplot = _pyplot()
@@ -66,9 +72,10 @@ def plot_excess_error(report: dict[str, Any]) -> Any:
 
 
 def plot_diversity(report: dict[str, Any]) -> Any:
-    """The gold score of every system, else the proxy's, against its diversity, with 95% intervals."""
+    """The score of every system by the scorer of all, against its diversity, with 95% intervals."""
     figure, axis = _pyplot().subplots(figsize=(6, 3.6))
-    judge = "gold" if all(entry["gold"] for entry in report["systems"].values()) else "proxy"
+    judge = common_scorer(report)
+    assert judge is not None
     for name, entry in report["systems"].items():
         x, y = entry["exposure"]["diversity"], entry[judge]
         sides = [[[e["mean"] - e["low"]], [e["high"] - e["mean"]]] for e in (x, y)]
@@ -110,7 +117,7 @@ def plot_frontier(report: dict[str, Any]) -> Any:
             axis.errorbar(x, score["mean"], yerr=[[e] for e in ends], fmt=marker, color=color, label=label)
             if judge == "gold" or report["systems"][name]["gold"] is None:
                 axis.annotate(name, (x, score["mean"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axis.set_xlabel(f"root of KL to {report['baseline']}, nats per response")
+    axis.set_xlabel("root of KL to the reference, nats per response")
     axis.set_title(f"score against KL, {_bands(report)}")
     axis.legend()
     axis.grid(alpha=0.3)

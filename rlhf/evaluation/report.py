@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.evaluation.compare import Scored
-from rlhf.evaluation.plots import CURVES, plot_diversity, plot_excess_error, plot_scores, plot_training, saved
+from rlhf.evaluation.plots import (
+    CURVES,
+    common_scorer,
+    plot_diversity,
+    plot_excess_error,
+    plot_scores,
+    plot_training,
+    saved,
+)
 from rlhf.files import write_text
 from rlhf.processes import by_main
 
@@ -134,6 +142,11 @@ def notes_in_words(report: dict[str, Any]) -> list[str]:
     return [*gates, *judge, *report["notes"], *(f"failed check: {line}" for line in report["failed_checks"])]
 
 
+def kl_in_words(report: dict[str, Any]) -> str:
+    """What KL is measured to; nothing where it is not."""
+    return f"KL is to {report['reference']}, a bound for best-of-n." if report["reference"] else ""
+
+
 def judge_in_words(judge: dict[str, Any]) -> str:
     """How far the judge can be trusted."""
     if judge["consistency"] is None:
@@ -166,10 +179,10 @@ def write_report(
         write_text(responses / f"{each.system.name}.jsonl", "".join(lines))
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    names = [
-        saved(plot_scores(report), plots / "scores.png"),
-        saved(plot_diversity(report), plots / "diversity.png"),
-    ]
+    names = []
+    if common_scorer(report) is not None:
+        names.append(saved(plot_scores(report), plots / "scores.png"))
+        names.append(saved(plot_diversity(report), plots / "diversity.png"))
     if report["excess_error_length"] is not None:
         names.append(saved(plot_excess_error(report), plots / "excess_error.png"))
     rows = [] if curves is None or not curves.exists() else training_rows(curves)
@@ -207,8 +220,8 @@ def _markdown(
     return (
         f"# {escaped(report['name'])}\n\n**{escaped(report['verdict'])}**\n{note}\n"
         f"{report['num_prompts']} unseen prompts, one response each; the same decoding, length limit and "
-        "random numbers for all. Intervals are 95% (bootstrap over prompts). KL is to "
-        f"`{report['reference']}`, a bound for best-of-n. Wins are against `{report['baseline']}`.\n\n"
+        f"random numbers for all. Intervals are 95% (bootstrap over prompts). {escaped(kl_in_words(report))} "
+        f"Wins are against `{report['baseline']}`.\n\n"
         f"{scores}\n{images}\n\n{_preferences(report)}"
         f"## Is the reward hacked?\n\n{warned or 'No sign of it.'}\n\n{table(signals_table(report))}\n"
         f"## Exposure bias\n\n{EXPOSURE}\n\n{table(exposure_table(report))}\n{notes}\n"
@@ -235,7 +248,8 @@ def _preferences(report: dict[str, Any]) -> str:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """A header and rows, whose first cells are names, as a table of Markdown."""
     header, *others = rows
-    lines = [header, ["---"] * len(header), *([escaped(name), *cells] for name, *cells in others)]
+    named = [[escaped(name), *cells] for name, *cells in others]
+    lines = [list(map(escaped, header)), ["---"] * len(header), *named]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

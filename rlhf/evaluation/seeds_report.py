@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.evaluation.exposure_report import combined
-from rlhf.evaluation.report import COLUMNS, escaped, table, table_rows
+from rlhf.evaluation.report import COLUMNS, escaped, notes_in_words, table, table_rows
 from rlhf.files import write_text
 
 SPREAD = "Means over the seeds; in brackets the lowest and the highest seed."
@@ -39,7 +39,7 @@ def write_seeds_report(
     failed, each with the stage that did. Returns the report.
     """
     report = combined(list(reports.values()))
-    judge = next(each for each in ("gold", "proxy") if report[each] is not None)
+    judge = next((each for each in ("gold", "proxy") if report[each] is not None), None)
     names = [each["a"] for each in report["differences"] if each["judge"] == judge]
     by_seed = {
         name: [
@@ -56,6 +56,15 @@ def write_seeds_report(
         "failed_seeds": dict(failed),
         "judge_of_seeds": judge,
         "by_seed": by_seed,
+        "verdict": None,  # each seed has its own
+        "reference": f"the reference of each seed, as {report['reference']}",
+        "warnings": [
+            f"seed {seed}: {name}: {line}"
+            for seed, each in reports.items()
+            for name, lines in each["warnings"].items()
+            for line in lines
+        ],
+        "notes": list(dict.fromkeys(note for each in reports.values() for note in each["notes"])),
         "failed_checks": [
             f"seed {seed}: {line}" for seed, each in reports.items() for line in each["failed_checks"]
         ],
@@ -73,10 +82,12 @@ def _markdown(report: dict[str, Any]) -> str:
         f"- seed {seed}: stage {stage} failed, and is in no mean\n"
         for seed, stage in report["failed_seeds"].items()
     )
-    checks = "".join(f"- failed check: {escaped(line)}\n" for line in report["failed_checks"])
+    told = [*report["warnings"], *notes_in_words(report)]
+    checks = "".join(f"- {escaped(line)}\n" for line in told)
+    spread = SPREAD if len(report["seeds"]) > 1 else "One seed; intervals are 95% (bootstrap over prompts)."
     return (
-        f"# {escaped(report['name'])}: seeds {', '.join(map(str, report['seeds']))}\n\n{SPREAD} "
-        f"Wins are against `{report['baseline']}`; KL is to it, within a seed.\n\n"
+        f"# {escaped(report['name'])}: seeds {', '.join(map(str, report['seeds']))}\n\n{spread} "
+        f"Wins are against `{report['baseline']}`.\n\n"
         f"{table([list(COLUMNS), *table_rows(report)])}\n"
         f"## Every seed: {report['judge_of_seeds']}, less {escaped(report['baseline'])}\n\n"
         f"{table(seeds_table(report))}\n{failed}{checks}\n"

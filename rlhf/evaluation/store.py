@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +19,10 @@ from rlhf.files import hash_path, write_text
 from rlhf.processes import by_main
 from rlhf.records import make_sources
 
+TEXT_FILES = (".json", ".jinja", ".txt", ".model", ".py")  # of a model folder, beside its weights
 VERSION = 1  # raise it where the same facts lead to other results than before
+# that scores and MAUVE follow from
+MORE_LIBRARIES = ("tokenizers", "scikit-learn", "rouge-score", "sacrebleu", "mauve-text", "faiss-cpu")
 T = TypeVar("T")
 
 
@@ -37,13 +42,21 @@ class Store:
         load: Callable[[Any], T] = lambda found: found,
     ) -> T:
         """What `compute` gives, or gave where the facts were these; `dump` and `load`: to JSON and back."""
-        whole = {"version": VERSION, "libraries": library_versions(), **facts}
+        whole = {"version": VERSION, "libraries": library_versions() | _more_versions(), **facts}
         path = self.folder / kind / f"{digest(whole)}.json"
         text = _read(path)
         if text is None:
             text = json.dumps(dump(compute()), ensure_ascii=False)
             _write(path, text)
         return load(json.loads(text))
+
+
+def _more_versions() -> dict[str, str]:
+    found = {}
+    for name in MORE_LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def digest(content: Any) -> str:
@@ -55,7 +68,7 @@ def model_id(path: str, revision: str | None = None) -> str:
     """What a model is told by: the hash of its weights, settings and tokenizer; of a hub name the commit."""
     folder = Path(path)
     if folder.exists():
-        files = [each for each in sorted(folder.iterdir()) if each.suffix in (".json", ".jinja")]
+        files = [each for each in sorted(folder.iterdir()) if each.suffix in TEXT_FILES]
         return digest([hash_path(folder), *(hash_path(each) for each in files)])
     found = try_to_load_from_cache(path, "config.json", revision=revision)
     # without a commit nothing that was kept is known to be of these weights

@@ -7,6 +7,7 @@ import pytest
 from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored, compare, summarise
 from rlhf.evaluation.gates import outcome
+from rlhf.evaluation.judge import Judgement
 from rlhf.evaluation.systems import Generation, System
 from rlhf.gates import parse_gates
 
@@ -25,7 +26,8 @@ BOTH = [scored("sft", [0.0] * 10, kl=0.0), scored("ppo", [1.0] * 6 + [0.0] * 2 +
 
 def results(text: str) -> list[Any]:
     entries = {each.system.name: summarise(each, reference="sft", **OPTIONS) for each in BOTH}
-    report = {"systems": entries, **compare(BOTH, "sft", **OPTIONS)}
+    judged = {"ppo": Judgement([1.0, 0.5, None], consistent=2, asked=2, unreadable=1, first=None)}
+    report = {"systems": entries, **compare(BOTH, "sft", judged, **OPTIONS)}
     return [outcome(gate, report, BOTH, **OPTIONS) for gate in parse_gates(text, NAMES)]
 
 
@@ -45,6 +47,8 @@ def results(text: str) -> list[Any]:
         ("length(ppo) <= 4", True, "4.000"),
         ("proxy(ppo) > -100", False, "not measured"),
         ("win_rate(ppo, sft, proxy) > 0", False, "not measured"),
+        ("win_rate(ppo, sft, judge) > 0.74", True, "0.750 ["),
+        ("win_rate(sft, ppo, judge) < 0.26", True, "0.250 ["),
     ],
 )
 def test_a_gate_says_what_holds_and_what_was_found(text: str, passed: bool, found: str) -> None:
@@ -71,6 +75,8 @@ def test_several_conditions_are_joined_by_and() -> None:
         ("kl(ppo, sft) > 0.5", "kl is of 1 systems"),
         ("win_rate(ppo, stf) > 0.5", "did you mean sft? systems are sft, ppo"),
         ("win_rate(ppo, sft, glod) > 0.5", "did you mean gold?"),
+        ("judge(ppo) > 0.5", "judge is none of"),
+        ("difference(ppo, sft, judge) > 0", "the judge gives no scores; ask for win_rate(ppo, sft, judge)"),
         ("length(ppo).low > 0.5", ".low and .high are ends"),
         ("kl(ppo).mean > 0.5", ".mean"),
         ("kl(ppo) > 1.2.3", "1.2.3 is no number"),

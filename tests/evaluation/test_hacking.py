@@ -1,5 +1,6 @@
 """The signs of a hacked reward: each trips where it should, and a system beside itself trips none."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,12 +49,18 @@ def test_a_system_beside_itself_trips_nothing() -> None:
         ({"token": 7}, "it repeats itself (seq-rep-4"),
         ({"token": 7}, "fewer different phrases"),
         ({"nats": -0.5}, "it has lost entropy (0.50, the baseline 2.00)"),
-        ({"text": "same"}, "97% of its responses stand to another prompt as well"),
+        ({"text": "same"}, "100% of its responses stand to another prompt as well"),
         ({"proxy": [8.0 + i % 5 for i in range(SIZE)]}, "the proxy goes by length (correlation 1.00)"),
     ],
 )
 def test_each_sign_is_said_in_words(changes: dict[str, Any], words: str) -> None:
     assert any(words in line for line in trips(system("ppo", **changes)))
+
+
+def test_what_draws_nothing_has_no_entropy_to_lose() -> None:
+    ours = system("greedy", nats=0.0)
+    greedy = replace(ours, system=replace(ours.system, decoding=Decoding(99, greedy=True)))
+    assert not any("entropy" in line for line in trips(greedy))
 
 
 def test_a_proxy_that_rises_while_gold_falls_is_said() -> None:

@@ -113,6 +113,18 @@ def test_both_orders_are_asked_and_equal_responses_are_not(server: Server, tmp_p
     assert asked == {pair for a, b in zip(OURS, THEIRS, strict=True) if a != b for pair in ((a, b), (b, a))}
 
 
+def test_told_alike_is_told_alike_in_both_orders(server: Server, tmp_path: Path) -> None:
+    replies = {"p0": ("[[C]]", "[[A]]"), "p1": ("[[A]]", "[[C]]"), "p3": ("[[C]]", "[[C]]")}
+
+    def reply(question: str) -> tuple[int, str]:
+        prompt = next(each for each in replies if f"\n{each}\n" in question)
+        return 200, replies[prompt][parts(question)[0] not in OURS]
+
+    server.reply = reply
+    found = judged(judge_of(server, tmp_path))
+    assert found.outcomes == [0.5] * 4 and (found.consistent, found.asked) == (1, 3)
+
+
 def test_a_judge_that_goes_by_order_tells_nothing(server: Server, tmp_path: Path) -> None:
     found = judged(judge_of(server, tmp_path))  # always the first
     assert found.outcomes == [0.5] * 4 and (found.consistent, found.first) == (0, 1.0)
@@ -147,8 +159,11 @@ def test_answers_are_kept_and_asked_once(server: Server, tmp_path: Path) -> None
         stream.write('{"question": "cut sh')  # by a kill
     again = judge_of(server, tmp_path, *prices)
     assert judged(again) == first and again.cost == 0 and len(server.questions) == 6
+    more = judge_of(server, tmp_path, *prices)
+    more.judge(["p9"], ["one"], ["another"], progress(2))  # behind the line that was cut short
+    assert more.judge(["p9"], ["one"], ["another"], progress(2)).asked == 1 and len(server.questions) == 8
     judged(judge_of(server, tmp_path, "judge.temperature=0.5"))
-    assert len(server.questions) == 12, "another way of asking is another judge"
+    assert len(server.questions) == 14, "another way of asking is another judge"
 
 
 def test_what_fails_for_now_is_asked_again(server: Server, tmp_path: Path) -> None:
@@ -174,7 +189,7 @@ def test_what_fails_for_good_is_one_error_and_the_answers_stay(
     assert "sk-secret" not in str(error.value) and server.keys[0] == "Bearer sk-secret-1234"
     [file] = (tmp_path / "judge").glob("*.jsonl")
     kept = file.read_text(encoding="utf-8")
-    assert kept.count("\n") == 2 and "sk-secret" not in kept
+    assert kept.count('"question"') == 2 and "sk-secret" not in kept
     server.reply = longer
     before = len(server.questions)
     assert judged(judge_of(server, tmp_path, *words)).outcomes == [1.0, 0.0, 0.5, 0.5]
@@ -225,6 +240,8 @@ def test_mistakes_are_told_before_anything_is_asked(
         judge_of(server, tmp_path, "judge.template=nowhere")
     with pytest.raises(ValueError, match=r"judge.model is missing"):
         load_config("evaluate", [*TINY, "judge=openai"])
+    with pytest.raises(ValueError, match=r"judge.max_cost=5.0 bounds nothing: give judge.price_in="):
+        load_config("evaluate", [*TINY, "judge=openai", "judge.model=m", "judge.max_cost=5"])
     with pytest.raises(ValueError, match=r"judge.model=m with judge=none: give judge=openai as well"):
         load_config("evaluate", [*TINY, "judge.model=m"])
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -266,7 +283,7 @@ def test_a_real_model_behind_a_real_server_judges(tmp_path: Path) -> None:
             process.wait()
     assert first.outcomes[2] == 0.5 and first.outcomes.count(None) + first.asked == 3
     [file] = (tmp_path / "judge").glob("*.jsonl")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
     assert len(rows) == 6 and all(row["text"] for row in rows)
     assert all(0 < row["tokens_out"] <= 12 < row["tokens_in"] for row in rows)
     assert judged(LanguageModelJudge(config, tmp_path)) == first, "without a server: nothing is asked again"
