@@ -166,4 +166,4 @@ def _print_end(configs: Configs, minutes: dict[str, float]) -> None:
     for stage, taken in minutes.items():
         print(f"  {stage:<9}{taken:6.1f} min")
     print(f"  {'together':<9}{sum(minutes.values()):6.1f} min")
-    print(f"report: {stage_folder('evaluate', configs['evaluate']) / 'report.md'}")
+    print(f"report: {stage_folder('evaluate', configs['evaluate']) / 'report.html'}")

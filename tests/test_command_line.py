@@ -273,7 +273,7 @@ def test_all_runs_the_stages_in_order_with_their_keys(project: Path, tmp_path: P
     assert (result.returncode, result.stderr) == (0, "")
     headlines = [line.split("]")[0] + "]" for line in result.stdout.splitlines() if line.startswith("[")]
     assert headlines == [f"[{i}/5]" for i in range(1, 6)]
-    assert f"report: {tmp_path}/my runs/n/evaluate/report.md" in result.stdout
+    assert f"report: {tmp_path}/my runs/n/evaluate/report.html" in result.stdout
     run = tmp_path / "my runs" / "n"
     called = {stage: json.loads((run / stage / "called.json").read_text())["words"] for stage in STAGES}
     assert called["sft"] == ["runs=my runs", "name=n", "sft.learning_rate=1", "seed=2"]
