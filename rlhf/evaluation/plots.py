@@ -55,7 +55,7 @@ def plot_training(rows: Sequence[dict[str, float]]) -> Any:
 
 def plot_excess_error(report: dict[str, Any]) -> Any:
     """Excess accumulated error of every system over the length, with its bands."""
-    figure, axis = _pyplot().subplots(figsize=(6, 3.6))
+    figure, axis = _pyplot().subplots(figsize=(5.6, 3.6))
     for name, entry in report["systems"].items():
         errors = entry["exposure"]["excess_error"]
         if errors:
@@ -73,7 +73,7 @@ def plot_excess_error(report: dict[str, Any]) -> Any:
 
 def plot_diversity(report: dict[str, Any]) -> Any:
     """The score of every system by the scorer of all, against its diversity, with 95% intervals."""
-    figure, axis = _pyplot().subplots(figsize=(6, 3.6))
+    figure, axis = _pyplot().subplots(figsize=(5.6, 3.6))
     judge = common_scorer(report)
     assert judge is not None
     for name, entry in report["systems"].items():
@@ -90,7 +90,7 @@ def plot_diversity(report: dict[str, Any]) -> Any:
 def plot_win_rates(report: dict[str, Any], judge: str) -> Any:
     """The win rate of every system against the baseline by a judge, with 95% intervals."""
     rates = [each for each in report["win_rates"] if each["judge"] == judge]
-    figure, axis = _pyplot().subplots(figsize=(6, 0.6 + 0.35 * len(rates)))
+    figure, axis = _pyplot().subplots(figsize=(5.6, 0.6 + 0.35 * len(rates)))
     means = [each["win_rate"] for each in rates]
     errors = [[r["win_rate"] - r["low"] for r in rates], [r["high"] - r["win_rate"] for r in rates]]
     axis.barh([each["a"] for each in rates], means, xerr=errors, color="tab:blue", alpha=0.7, capsize=3)
@@ -103,7 +103,7 @@ def plot_win_rates(report: dict[str, Any], judge: str) -> Any:
 
 def plot_frontier(report: dict[str, Any]) -> Any:
     """Gold and proxy of every system against the root of its KL."""
-    figure, axis = _pyplot().subplots(figsize=(6, 3.6))
+    figure, axis = _pyplot().subplots(figsize=(5.6, 3.6))
     for judge, marker in (("gold", "o"), ("proxy", "x")):
         points = [
             (name, entry["kl"], entry[judge])
@@ -126,7 +126,7 @@ def plot_frontier(report: dict[str, Any]) -> Any:
 
 def plot_lengths(lengths: Mapping[str, Sequence[int]]) -> Any:
     """How long the responses of every system are."""
-    figure, axis = _pyplot().subplots(figsize=(6, 3.2))
+    figure, axis = _pyplot().subplots(figsize=(5.6, 3.2))
     longest = max(max(each) for each in lengths.values())
     bins = [round(i * longest / 20, 3) for i in range(21)]
     for name, each in lengths.items():
