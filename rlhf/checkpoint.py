@@ -238,10 +238,10 @@ def _is_whole_checkpoint(folder: Path) -> bool:
     return True
 
 
-def library_versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that results depend on."""
+def library_versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """The versions of Python and of the libraries that results depend on, and of `more`."""
     versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
+    for library in (*LIBRARIES, *more):
         with contextlib.suppress(PackageNotFoundError):
             versions[library] = version(library)
     return versions

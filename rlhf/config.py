@@ -30,6 +30,7 @@ from rlhf.settings import (
     PPOConfig,
     StageConfig,
 )
+from rlhf.specs import check_seeds
 from rlhf.validation import check_config
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
@@ -317,7 +318,9 @@ def _to_object(config: Any) -> Any:
         missing = [_first_line(error).rsplit(" ", 1)[-1]]
     if missing:
         raise ValueError(f"{missing[0]} has no value: give {missing[0]}=...")
-    if not isinstance(found, ComparisonConfig):
+    if isinstance(found, ComparisonConfig):
+        check_seeds(found.seeds)
+    else:
         check_config(typing.cast(StageConfig, found))
     return found
 

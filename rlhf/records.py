@@ -174,6 +174,13 @@ def different_prompts(records: Sequence[PromptRecord]) -> list[PromptRecord]:
     return list(found.values())
 
 
+def transcript(prompt: Prompt) -> str:
+    """A prompt as text: a conversation with the role before each turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 def find_overlap(records_a: Iterable[Any], records_b: Iterable[Any]) -> list[Prompt]:
     """Return the prompts that both have, in the order of the first and each once."""
     shared = {_key(record) for record in records_b}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,6 +80,24 @@ def build_scorer(
         return _build(key, spec, config, engine, prompts)
     except ValueError as error:
         raise ValueError(error if key in str(error) else f"{key}: {error}") from error
+
+
+def build_optional_scorer(
+    key: str,
+    spec: dict[str, Any] | None,
+    config: Any,
+    engine: Engine,
+    prompts: Sequence[PromptRecord] = (),
+) -> Any | None:
+    """The scorer of a setting that can be done without: None where it is null, has no texts to learn from, or
+    is this run's own and the run has not made it, which is printed.
+    """
+    if spec is None or (spec["kind"] == "classifier" and spec.get("train") is None):
+        return None
+    if spec["kind"] == "model" and spec["path"].startswith(config.runs) and not Path(spec["path"]).exists():
+        print(f"no {key} score: {spec['path']} does not exist", flush=True)
+        return None
+    return build_scorer(key, spec, config, engine, prompts)
 
 
 def _build(

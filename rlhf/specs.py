@@ -85,6 +85,12 @@ def check_systems(systems: dict[str, Any], baseline: str | None, decoding: Decod
         raise ValueError(f"baseline={baseline}: not one of the systems {', '.join(systems)}")
 
 
+def check_seeds(seeds: list[int]) -> None:
+    """Raise ValueError unless there are seeds, all of them different."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds}: give at least one, and each once")
+
+
 def _check_parts(key: str, parts: Any) -> None:
     if not isinstance(parts, list):
         raise ValueError(f"{key}.parts={parts!r}: give a list of scorers, each with a weight")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import unicodedata
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rlhf.config import load_config
@@ -15,7 +14,7 @@ from rlhf.models.loading import load_causal_lm, load_codec, load_options, num_pa
 from rlhf.parents import find_parent
 from rlhf.records import Prompt
 from rlhf.reference_scorers import KINDS
-from rlhf.rewards import build_scorer, checked_scores
+from rlhf.rewards import build_optional_scorer, checked_scores
 from rlhf.sampling.policy import Policy
 from rlhf.text import TextCodec
 from stages.common import kinds_of, make_inputs, resolved
@@ -61,7 +60,9 @@ def main(overrides: list[str]) -> int:
         path: Policy(load_causal_lm(path, options, key=key), load_codec(path, config), engine)
         for key, path in paths.items()
     }
-    scorer = _scorer(config, engine)
+    # there are no references here
+    spec = config.proxy if config.proxy is None or not set(kinds_of(config.proxy)) & set(KINDS) else None
+    scorer = build_optional_scorer("proxy", spec, config, engine)
     print(HELP, flush=True)
     histories: dict[str, list[dict[str, str]]] = {path: [] for path in policies}
     last, seed = None, config.seed
@@ -103,17 +104,6 @@ def _answer(  # noqa: PLR0913 (a policy, what it answers, and how)
         text = policy.codec.decode_response(printer.tokens)
     print(plain(text[printer.shown :]), flush=True)
     return text
-
-
-def _scorer(config: Any, engine: Any) -> Any | None:
-    spec = config.proxy
-    if spec is None or set(kinds_of(spec)) & set(KINDS):  # there are no references here
-        return None
-    if spec["kind"] == "classifier" and spec.get("train") is None:
-        return None
-    if spec["kind"] == "model" and spec["path"].startswith(config.runs) and not Path(spec["path"]).exists():
-        return None
-    return build_scorer("proxy", spec, config, engine)
 
 
 def _lines() -> Iterator[str]:

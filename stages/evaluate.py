@@ -27,7 +27,7 @@ from rlhf.gates import GATE_STATUS, parse_gates
 from rlhf.models.loading import load_codec, num_parameters, same_tokenizer
 from rlhf.parents import Parent, failed_checks, find_parent, lineage, lineage_by_folder, model_paths
 from rlhf.records import PromptRecord, different_prompts, prompt_key
-from rlhf.rewards import build_scorer
+from rlhf.rewards import build_optional_scorer
 from stages.common import Stage, resolved
 
 
@@ -46,13 +46,13 @@ def main(overrides: list[str]) -> int:
     paths = {system.name: system.path for system in systems if not system.is_saved}
     named = config.reference or paths.get(baseline)
     reference = None if named is None else resolved(named, config.model)
-    codec_of = reference or next(iter(paths.values()), resolved(config.model.path, config.model))
+    codec_of = reference or next(iter(paths.values()), None) or resolved(config.model.path, config.model)
     prompts, rows = read_prompts(stage)
     warn_of_seen_prompts(stage, prompts)
     engine = build_engine(config.engine, num_parameters(codec_of, config.model))
     engine = replace(engine, evens_out=False)  # the figures are the same for any number of processes
     proxy, gold = (
-        optional_scorer(key, getattr(config, key), config, engine, rows) for key in ("proxy", "gold")
+        build_optional_scorer(key, getattr(config, key), config, engine, rows) for key in ("proxy", "gold")
     )
     if proxy is None and gold is None and config.judge.name == "none":
         raise ValueError(
@@ -151,20 +151,6 @@ def warn_of_seen_prompts(stage: Stage, prompts: Any) -> None:
     for key, (source, kind) in sources.items():
         if source is not None and source != data.prompts.evaluate:
             stage.warn_of_overlap(key, stage.read(source, kind, key), "data.prompts.evaluate", prompts)
-
-
-def optional_scorer(
-    key: str, spec: dict[str, Any] | None, config: Any, engine: Any, prompts: Any
-) -> Any | None:
-    """The scorer of `proxy` or `gold`; None where it is null, or is this run's own and the run has not made
-    it.
-    """
-    if spec is None or (spec["kind"] == "classifier" and spec.get("train") is None):
-        return None
-    if spec["kind"] == "model" and spec["path"].startswith(config.runs) and not Path(spec["path"]).exists():
-        print(f"no {key} score: {spec['path']} does not exist", flush=True)
-        return None
-    return build_scorer(key, spec, config, engine, prompts)
 
 
 def find_oracle(config: Any, systems: Sequence[System]) -> tuple[str | None, list[str]]:

@@ -68,8 +68,6 @@ def plan(overrides: list[str]) -> tuple[Path, list[list[Step]]]:
     comparison = load_config("exposure", own)
     words = split_overrides([word for word in overrides if word not in own])
     seeds = comparison.seeds
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={seeds}: give at least one, and each once")
     _check_methods(comparison)
     common = load_config("sft", words["sft"])
     names = {seed: common.name if len(seeds) == 1 else f"{common.name}/seed_{seed}" for seed in seeds}

@@ -31,8 +31,6 @@ def plan(overrides: list[str]) -> tuple[Path, dict[int, list[str]]]:
         if word.partition("=")[0].split(".")[-1] == "seed":
             raise ValueError(f"{word}: {own[0]} says that already; leave it out")
     seeds = load_config("exposure", own).seeds
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={seeds}: give at least one, and each once")
     found = chain.load_configs(words)["evaluate"]
     return Path(found.runs) / found.name / "seeds", {
         seed: [*words, f"name={found.name}/seed_{seed}", f"seed={seed}"] for seed in seeds

@@ -22,6 +22,7 @@ from typing import Any
 from rlhf.evaluation.store import digest
 from rlhf.files import append_text
 from rlhf.processes import by_main
+from rlhf.records import transcript
 from rlhf.settings import Judge
 
 OPENAI = "https://api.openai.com/v1"
@@ -217,9 +218,7 @@ def read_template(place: str) -> str:
 
 def fill(template: str, prompt: Any, first: str, second: str) -> str:
     """A question; what the texts hold in braces stays as it is."""
-    if not isinstance(prompt, str):
-        prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-    given = dict(zip(PLACES, (prompt, first, second), strict=True))
+    given = dict(zip(PLACES, (transcript(prompt), first, second), strict=True))
     return re.sub(r"\{(prompt|response_a|response_b)\}", lambda match: given[match[1]], template)
 
 

@@ -28,6 +28,7 @@ from rlhf.evaluation.report import (
 )
 from rlhf.files import write_text
 from rlhf.processes import by_main
+from rlhf.records import transcript
 
 MOST_SAMPLES = 200  # prompts whose responses are on the page
 CURVES = {
@@ -55,7 +56,7 @@ def write_page(
         nonce=hashlib.sha256(json.dumps(report, default=str).encode()).hexdigest()[:32],
         simulated=SIMULATED,
         scores=[list(COLUMNS), *table_rows(report)],
-        notes=notes_in_words(report),
+        notes=notes_in_words(report | {"gates": []}),  # they stand above
         plots=list(_plots(report, scored, [judge for judge in judges if judge in judged])),
         kl_explained=kl_in_words(report),
         preferences_explained=PREFERENCES,
@@ -75,11 +76,8 @@ def write_page(
 
 def as_text(prompt: Any) -> str:
     """A prompt as text: that of one turn, or all of a conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    is_one_turn = not isinstance(prompt, str) and len(prompt) == 1
+    return prompt[0]["content"] if is_one_turn else transcript(prompt)
 
 
 def _main_system(report: dict[str, Any], scored: Sequence[Scored]) -> Scored:

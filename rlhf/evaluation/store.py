@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,21 +40,13 @@ class Store:
         load: Callable[[Any], T] = lambda found: found,
     ) -> T:
         """What `compute` gives, or gave where the facts were these; `dump` and `load`: to JSON and back."""
-        whole = {"version": VERSION, "libraries": library_versions() | _more_versions(), **facts}
+        whole = {"version": VERSION, "libraries": library_versions(MORE_LIBRARIES), **facts}
         path = self.folder / kind / f"{digest(whole)}.json"
         text = _read(path)
         if text is None:
             text = json.dumps(dump(compute()), ensure_ascii=False)
             _write(path, text)
         return load(json.loads(text))
-
-
-def _more_versions() -> dict[str, str]:
-    found = {}
-    for name in MORE_LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def digest(content: Any) -> str:
