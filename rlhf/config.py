@@ -41,6 +41,7 @@ PROGRAMS: dict[str, type[Any]] = {
     "bench": BenchConfig,
     "chat": ChatConfig,
     "exposure": ComparisonConfig,
+    "overoptimization": ComparisonConfig,
 }
 GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward", "exposure", "judge")
 SMALL_WEIGHTS = 40e6  # bytes of safetensors below which a local folder gets configs/model/small.yaml

@@ -184,7 +184,8 @@ def _discriminator_passes(config: PPOConfig) -> int:
 
 
 def _samples_per_prompt(systems: dict[str, Any]) -> int:
-    return sum(system.get("best_of", 1) if isinstance(system, dict) else 1 for system in systems.values())
+    numbers = [system.get("best_of") or 1 if isinstance(system, dict) else 1 for system in systems.values()]
+    return sum(max(each) if isinstance(each, list) else each for each in numbers)
 
 
 def _trained_parameters(stage: str, config: StageConfig, shape: Shape) -> int:

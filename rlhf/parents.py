@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from rlhf.config import STAGES
 from rlhf.files import hash_path
 from rlhf.sources import is_path_like
 
+TRAINED_ON_FILE = "trained_on.json"  # in a stage's folder: the keys of all prompts that it read to train on
+KEPT = "update_"  # begins the names of the policies that a PPO run keeps
 OPTIONAL = ("critic", "calibration_policy")  # keys whose null a stage can do without
 
 
@@ -34,8 +37,10 @@ def inputs_of(config: Any) -> list[tuple[str, str, str]]:
     """
     found = [(key, getattr(config, key, None), "policy") for key in ("policy", "base", "calibration_policy")]
     for name, system in getattr(config, "systems", {}).items():
-        path = system if isinstance(system, str) else system.get("path")  # none where it is saved responses
-        found.append((f"systems.{name}", path, "policy"))
+        spec = {"path": system} if isinstance(system, str) else system  # no path: saved responses
+        key, run = f"systems.{name}", spec.get("checkpoints")
+        paths = kept_policies(f"{key}.checkpoints", run).values() if run else [spec.get("path")]
+        found += [(key, path and str(path), "policy") for path in paths]
     if getattr(config, "oracle", None) != config.model.path:  # the base can be done without
         found.append(("oracle", getattr(config, "oracle", None), "policy"))
     found.append(("critic", getattr(config, "critic", None), "reward_model"))
@@ -132,6 +137,22 @@ def _product(record: dict[str, Any], name: str) -> dict[str, Any]:
     return record.get("products", {}).get(name, own)
 
 
+def kept_policies(key: str, run: str) -> dict[int, Path]:
+    """The policies in the folder of a finished PPO run, by update: those of `keep_every`, and its model.
+
+    Raises ValueError, naming the key, where there are none.
+    """
+    folder = Path(run).expanduser().absolute()
+    record = _record(key, str(folder / "model"))
+    if record is None or record["stage"] != "ppo":
+        raise ValueError(f"{key}={run}: no finished run of stage=ppo lies there; name one's folder")
+    names = [name for name in record.get("products", {}) if name.startswith(KEPT)]
+    if not names:
+        raise ValueError(f"{key}={run}: that run kept no checkpoints; run it again with keep_every=<updates>")
+    kept = {int(name.removeprefix(KEPT)): folder / name for name in names}
+    return dict(sorted({**kept, record["update"]: folder / "model"}.items()))
+
+
 def replaced_parent(record: dict[str, Any]) -> str | None:
     """The place of a parent in a stage.json where something else lies by now; None where there is none."""
     for parent in record.get("parents", []):
@@ -168,6 +189,23 @@ def lineage_by_folder(parents: Sequence[Parent]) -> dict[str, dict[str, Any]]:
 
     for parent in parents:
         add(parent.key, parent.path)
+    return found
+
+
+def seen_in_training(parents: Sequence[Parent], keys: AbstractSet[str]) -> list[dict[str, Any]]:
+    """Which of some prompts (`prompt_keys`) the stages that the parents stand on have trained on, a row for
+    each of their data keys: `stage`, `key` and `shared`, which is None of a stage that did not write it down.
+    """
+    found = []
+    for folder, record in lineage_by_folder(parents).items():
+        if record["kind"] == "report":
+            continue
+        file = Path(folder) / TRAINED_ON_FILE
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"": None}
+        found += [
+            {"stage": folder, "key": key, "shared": None if trained is None else keys & set(trained)}
+            for key, trained in known.items()
+        ]
     return found
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,11 @@ class PPORun:
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
 
-    def train(self, state: Path | None) -> list[Check]:
-        """Run all updates, or those after `state`; return the checks on the run."""
+    def train(self, state: Path | None, keep: Callable[[int], None] | None = None) -> list[Check]:
+        """Run all updates, or those after `state`; return the checks on the run.
+
+        `keep` writes the policy of an update as a model of its own.
+        """
         config = self.config
         log = MetricLog(self.folder.path, config.tracker, run_name=f"{config.name}-ppo")
         done = self.restore(state) if state else 0
@@ -138,6 +141,8 @@ class PPORun:
                 log.write(step, metrics, seconds)
                 bar.update(config.batch_size)
                 bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("score", "kl", "length")})
+                if keep and config.keep_every and step % config.keep_every == 0 and step < config.updates:
+                    keep(step)
                 stop = any(self.engine.processes.all_of(bool(interrupted)))
                 if stop or (step % config.save_every == 0 and step < config.updates):
                     self.save(step)

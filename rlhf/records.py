@@ -181,6 +181,11 @@ def transcript(prompt: Prompt) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
+def prompt_keys(records: Iterable[Any]) -> set[str]:
+    """The prompts of records, each as the first 16 digits of its key."""
+    return {_key(record)[:16] for record in records}
+
+
 def find_overlap(records_a: Iterable[Any], records_b: Iterable[Any]) -> list[Prompt]:
     """Return the prompts that both have, in the order of the first and each once."""
     shared = {_key(record) for record in records_b}

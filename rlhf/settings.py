@@ -272,6 +272,7 @@ class PPOConfig(StageConfig):
     gradient_checkpointing: bool
     save_every: int
     keep_last: int
+    keep_every: int | None
     sample_every: int
     eval_every: int | None
     eval_prompts: int
@@ -347,11 +348,13 @@ class BenchConfig:
 
 @dataclass
 class ComparisonConfig:
-    """What stage=exposure has beside the words that it hands to the other stages."""
+    """What stage=exposure and stage=overoptimization have beside the words that they hand on."""
 
     seeds: list[int]
     methods: dict[str, Any]
     decodings: list[str]
+    kl_coefs: list[float]
+    best_of: list[int]
 
 
 # The stages of a run, in order.

@@ -21,7 +21,8 @@ SCORER_KEYS = {
 OPTIONAL = {"train", "classifier", "scale"}  # of a scorer's keys
 SOURCE_KEYS = {"path", "split", "subset", "part", "limit", "revision", "columns"}
 SYSTEM_NAME = re.compile(r"\w[\w.+-]*")
-SYSTEM_KEYS = {"path", "decoding", "best_of", "generations"}
+SYSTEM_KEYS = {"path", "decoding", "best_of"}
+ALONE = ("generations", "checkpoints")  # keys of a system that is nothing else
 
 
 def check_source(key: str, source: Any) -> None:
@@ -59,7 +60,9 @@ def check_scorer(key: str, spec: dict[str, Any]) -> None:
 
 
 def check_systems(systems: dict[str, Any], baseline: str | None, decoding: Decoding) -> None:
-    """Raise ValueError unless every system is a path, {path, best_of, decoding} or {generations: file}."""
+    """Raise ValueError unless every system is a path, {path, best_of, decoding}, {generations: file} or
+    {checkpoints: folder}.
+    """
     if not systems:
         raise ValueError("systems={}: give at least one, for instance systems='{mine: path/to/model}'")
     for name, system in systems.items():
@@ -68,21 +71,48 @@ def check_systems(systems: dict[str, Any], baseline: str | None, decoding: Decod
             raise ValueError(f"{key}: a name of letters, digits and . + - _ is expected: files have it too")
         if isinstance(system, str):
             continue
-        if isinstance(system, dict) and isinstance(system.get("generations"), str) and len(system) == 1:
+        alone = isinstance(system, dict) and len(system) == 1
+        if alone and any(isinstance(system.get(each), str) for each in ALONE):
             continue
-        if not isinstance(system, dict) or not isinstance(system.get("path"), str) or "generations" in system:
+        if (
+            not isinstance(system, dict)
+            or not isinstance(system.get("path"), str)
+            or system.keys() & set(ALONE)
+        ):
             raise ValueError(
-                f"{key}={system!r}: give a path, {{path: ..., best_of: 4, decoding: {{...}}}}, or "
-                "{generations: file} alone"
+                f"{key}={system!r}: give a path, {{path: ..., best_of: 4, decoding: {{...}}}}, or alone "
+                "{generations: file} or {checkpoints: folder of a PPO run}"
             )
         _check_keys(key, system, SYSTEM_KEYS)
+        _check_best_of(key, system.get("best_of"))
         own = system.get("decoding") or {}
         if not isinstance(own, dict):
             raise ValueError(f"{key}.decoding={own!r}: give its keys, for instance {{num_beams: 4}}")
         _check_keys(f"{key}.decoding", own, {field.name for field in fields(Decoding)} - {"max_new_tokens"})
         system_decoding(name, own, decoding)
-    if baseline is not None and baseline not in systems:
-        raise ValueError(f"baseline={baseline}: not one of the systems {', '.join(systems)}")
+    names = system_names(systems)
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"baseline={baseline}: not one of the systems {', '.join(names)}")
+
+
+def system_names(systems: dict[str, Any]) -> list[str]:
+    """The names of the systems that a `systems` key stands for: best_of: [2, 4] is name_2 and name_4. Of
+    {checkpoints: folder} it is that of the last one; which others there are is seen once the run is finished.
+    """
+    found = []
+    for name, system in systems.items():
+        several = system.get("best_of") if isinstance(system, dict) else None
+        found += [f"{name}_{n}" for n in several] if isinstance(several, list) else [name]
+    return found
+
+
+def _check_best_of(key: str, best_of: Any) -> None:
+    numbers = best_of if isinstance(best_of, list) else [1 if best_of is None else best_of]
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
+    if not whole or not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"{key}.best_of={best_of}: a number of samples is expected, or a list of different ones"
+        )
 
 
 def check_seeds(seeds: list[int]) -> None:

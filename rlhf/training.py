@@ -198,8 +198,9 @@ def write_model(folder: StageFolder, model: Any, tokenizer: Any, card: str, *, n
     """Write `model/`, or a folder of another name, with weights, tokenizer and card, whole or not at all."""
 
     def save(path: Path) -> None:
-        model.config.use_cache = True
+        before, model.config.use_cache = model.config.use_cache, True
         model.save_pretrained(str(path))
+        model.config.use_cache = before  # it may train on
         tokenizer.save_pretrained(str(path))
 
     save_model_folder(folder.path / name, save, card)

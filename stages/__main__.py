@@ -3,6 +3,7 @@
 Nothing heavy is imported before a stage starts.
 """
 
+import functools
 import importlib
 import logging
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +172,14 @@ def run_all(overrides: list[str]) -> int:
     return seeds.run(overrides) if several else all_stages.run(configs, overrides)
 
 
-def run_exposure(overrides: list[str]) -> int:
+def run_experiments(program: str, overrides: list[str]) -> int:
     """Resolve the settings of all that is compared, then show its commands or run them in turn."""
-    from stages import exposure
+    from stages import experiments
 
     if "show=true" in overrides:
-        exposure.show([word for word in overrides if word != "show=true"])
+        experiments.show(program, [word for word in overrides if word != "show=true"])
         return 0
-    return exposure.run(overrides)
+    return experiments.run(program, overrides)
 
 
 def run_compare(overrides: list[str]) -> int:
@@ -193,7 +195,12 @@ def run_compare(overrides: list[str]) -> int:
 
 
 # the programs that run stages, each a process of its own
-SEVERAL = {"all": run_all, "exposure": run_exposure, "compare": run_compare}
+SEVERAL: dict[str, Callable[[list[str]], int]] = {
+    "all": run_all,
+    "compare": run_compare,
+    "exposure": functools.partial(run_experiments, "exposure"),
+    "overoptimization": functools.partial(run_experiments, "overoptimization"),
+}
 
 
 def close_bars() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
 import shlex
 import time
@@ -14,9 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.checkpoint import StageFolder, library_versions, settings_that_count
 from rlhf.config import load_config, resolved_yaml
-from rlhf.parents import Parent, find_parent, inputs_of
+from rlhf.files import write_text
+from rlhf.parents import TRAINED_ON_FILE, Parent, find_parent, inputs_of
 from rlhf.processes import processes
-from rlhf.records import ReadResult, Record, different_prompts, find_overlap, make_sources, read_records
+from rlhf.records import (
+    ReadResult,
+    Record,
+    different_prompts,
+    find_overlap,
+    make_sources,
+    prompt_keys,
+    read_records,
+)
 from rlhf.reference_scorers import KINDS, check_references
 from rlhf.sources import is_path_like, resolve_model
 from stages import COMMAND_VARIABLE
@@ -33,6 +43,7 @@ DATA_KEYS = {
     "ppo": {"data.prompts.ppo": "prompts"},
     "evaluate": {"data.prompts.evaluate": "prompts"},
 }
+TRAINED_ON = {"data.demonstrations.train", "data.prompts.collect", "ranked.train", "data.prompts.ppo"}
 
 
 def make_inputs(config: Any) -> None:
@@ -57,6 +68,7 @@ class Stage:
         config = self.config
         self.folder = StageFolder(config.runs, config.name, stage)
         self.state: Path | None = None
+        self.trained_on: dict[str, list[str]] = {}
         self._resolved = resolved_yaml(config)
         command = shlex.join(["./launch.sh", f"stage={stage}", *without_run_mode(overrides)])
         processes().check_same(settings_that_count(self._resolved), "configuration")
@@ -79,6 +91,8 @@ class Stage:
         """Make the folder ready; called once the inputs are found good, so that overwriting loses nothing."""
         config = self.config
         self.state = self.folder.prepare(self._resolved, overwrite=config.overwrite, resume=config.resume)
+        if self.trained_on:
+            write_text(self.folder.path / TRAINED_ON_FILE, json.dumps(self.trained_on) + "\n")
 
     def read(self, source: Any, kind: str, key: str, *, limit: int | None = None) -> Sequence[Any]:
         """Read the records of a `data` key; counts and skipped rows go into stage.json."""
@@ -92,6 +106,8 @@ class Stage:
         records = result.records[:limit] if limit else result.records
         if processes().count > 1:
             processes().check_same(hashlib.sha256(repr(records).encode()).hexdigest(), f"{key}={source}")
+        if key in TRAINED_ON:
+            self.trained_on[key] = sorted(prompt_keys(records))
         self.facts.setdefault("data", {})[key] = {
             "source": source,
             "records": len(records),

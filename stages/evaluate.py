@@ -18,6 +18,8 @@ from rlhf.evaluation.gates import outcome
 from rlhf.evaluation.hacking import signals, warnings
 from rlhf.evaluation.judge import LanguageModelJudge
 from rlhf.evaluation.measures import LEAST_ROWS
+from rlhf.evaluation.overoptimization import curves
+from rlhf.evaluation.overoptimization import warnings as overoptimized
 from rlhf.evaluation.page import write_page
 from rlhf.evaluation.passes import Evaluation, judge_all, measure_all, sample_all, score_all
 from rlhf.evaluation.report import COLUMNS, notes_in_words, print_table, table_rows, write_report
@@ -25,8 +27,16 @@ from rlhf.evaluation.store import Store
 from rlhf.evaluation.systems import System, build_systems, check_choosers, saved_responses
 from rlhf.gates import GATE_STATUS, parse_gates
 from rlhf.models.loading import load_codec, num_parameters, same_tokenizer
-from rlhf.parents import Parent, failed_checks, find_parent, lineage, lineage_by_folder, model_paths
-from rlhf.records import PromptRecord, different_prompts, prompt_key
+from rlhf.parents import (
+    Parent,
+    failed_checks,
+    find_parent,
+    lineage,
+    lineage_by_folder,
+    model_paths,
+    seen_in_training,
+)
+from rlhf.records import PromptRecord, different_prompts, prompt_key, prompt_keys
 from rlhf.rewards import build_optional_scorer
 from stages.common import Stage, resolved
 
@@ -48,7 +58,6 @@ def main(overrides: list[str]) -> int:
     reference = None if named is None else resolved(named, config.model)
     codec_of = reference or next(iter(paths.values()), None) or resolved(config.model.path, config.model)
     prompts, rows = read_prompts(stage)
-    warn_of_seen_prompts(stage, prompts)
     engine = build_engine(config.engine, num_parameters(codec_of, config.model))
     engine = replace(engine, evens_out=False)  # the figures are the same for any number of processes
     proxy, gold = (
@@ -62,6 +71,7 @@ def main(overrides: list[str]) -> int:
     for key, scorer in (("proxy", proxy), ("gold", gold)):
         for name, path in [] if scorer is None else model_paths(key, getattr(config, key)):
             parents.append(find_parent(name, path, kind="reward_model", force=True))
+    overlap = seen_in_training(parents, prompt_keys(prompts))
     check_choosers(systems, proxy)
     store = Store(Path(config.store))
     judge = None if config.judge.name == "none" else LanguageModelJudge(config.judge, store.folder)
@@ -87,7 +97,12 @@ def main(overrides: list[str]) -> int:
         "gold": gold and gold.name,
         "preferences_simulated": (config.gold or {}).get("kind") == "classifier" and config.proxy is not None,
         "oracle": oracle,
-        "notes": [*notes, *notes_on(scored, entries, prompts)],
+        "notes": [*notes_on_overlap(overlap), *notes, *notes_on(scored, entries, prompts)],
+        "seen_prompts": len(set().union(*(each["shared"] or () for each in overlap))),
+        "overlap": [
+            each | {"shared": each["shared"] if each["shared"] is None else len(each["shared"])}
+            for each in overlap
+        ],
         "failed_checks": checks_failed_before(parents),
         "excess_error_length": common_length(list(entries.values())),
         "systems": entries,
@@ -95,7 +110,7 @@ def main(overrides: list[str]) -> int:
         **compare(scored, baseline, judgements, **options),
         "commands": commands(stage, parents),
     }
-    report |= signs_of_hacking(report, scored)
+    report |= signs_of_hacking(report, scored, **options)
     gates = parse_gates(config.gate, list(entries))
     report["gates"] = [vars(outcome(gate, report, scored, **options)) for gate in gates]
     report |= {"verdict": verdict(report), "versions": library_versions()}
@@ -131,26 +146,30 @@ def read_prompts(stage: Stage) -> tuple[list[PromptRecord], list[PromptRecord]]:
     return prompts, [row for row in rows if prompt_key(row.prompt) in asked]
 
 
-def signs_of_hacking(report: dict[str, Any], scored: Sequence[Scored]) -> dict[str, Any]:
-    """The `signals` of every system, and the `warnings` that follow from those of all but the baseline."""
+def signs_of_hacking(report: dict[str, Any], scored: Sequence[Scored], **options: int) -> dict[str, Any]:
+    """The curves of `overoptimization`, the `signals` of every system, and the `warnings` that follow from
+    both.
+    """
+    found_curves = curves(report, scored, **options)
     baseline = report["baseline"]
     [base] = [each for each in scored if each.system.name == baseline]
     found = {each.system.name: signals(each, report["systems"][each.system.name], base) for each in scored}
     others = [name for name in found if name != baseline]
     told = {name: warnings(name, found[name], found[baseline], report["differences"]) for name in others}
-    return {"signals": found, "warnings": told}
+    for name, line in overoptimized(found_curves).items():
+        told.setdefault(name, []).append(line)
+    return {"overoptimization": found_curves, "signals": found, "warnings": told}
 
 
-def warn_of_seen_prompts(stage: Stage, prompts: Any) -> None:
-    """Report evaluation prompts that a training set of this run holds too."""
-    data = stage.config.data
-    sources = {
-        "data.demonstrations.train": (data.demonstrations.train, "demonstrations"),
-        "data.prompts.ppo": (data.prompts.ppo, "prompts"),
-    }
-    for key, (source, kind) in sources.items():
-        if source is not None and source != data.prompts.evaluate:
-            stage.warn_of_overlap(key, stage.read(source, kind, key), "data.prompts.evaluate", prompts)
+def notes_on_overlap(overlap: Sequence[dict[str, Any]]) -> list[str]:
+    """What is to be said of evaluation prompts that were trained on."""
+    notes = [
+        f"trained on: {len(each['shared'])} of these prompts stand in {each['key']} of {each['stage']}"
+        for each in overlap
+        if each["shared"]
+    ]
+    unknown = [each["stage"] for each in overlap if each["shared"] is None]
+    return notes + [f"not known which prompts were trained on by: {', '.join(unknown)}"] * bool(unknown)
 
 
 def find_oracle(config: Any, systems: Sequence[System]) -> tuple[str | None, list[str]]:

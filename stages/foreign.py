@@ -74,7 +74,7 @@ def _number(name: str, default: int | None = None) -> int:
 
 def check_stage(stage: str) -> None:
     """Raise ValueError for a program that starts processes itself."""
-    if stage in ("all", "bench", "exposure"):
+    if stage in ("all", "bench", "exposure", "overoptimization"):
         raise ValueError(
             f"stage={stage} starts processes itself, and WORLD_SIZE={os.environ[COUNT]} says that another "
             "launcher did: run ./launch.sh, or with that launcher one stage after the other"

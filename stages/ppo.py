@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from rlhf.checkpoint import StageFolder
 from rlhf.checks import print_checks
 from rlhf.discriminator_settings import is_adversarial
 from rlhf.engine import build_engine, seed_everything
 from rlhf.exposure.discriminator import USE, Discriminator
+from rlhf.files import hash_path
 from rlhf.models.adapters import uses_lora
 from rlhf.models.loading import load_codec, num_parameters
 from rlhf.models.roles import build_roles
+from rlhf.parents import KEPT, Parent
 from rlhf.ppo_run import PPORun
 from rlhf.rewards import build_reward
+from rlhf.settings import PPOConfig
 from rlhf.training import full_precision, model_card, write_model
 from stages.common import Stage, resolved
 
@@ -46,25 +52,21 @@ def main(overrides: list[str]) -> None:
     mixed_in = demonstrations if config.ptx_coef else ()
     run = PPORun(config, codec, roles, reward, prompts, folder, mixed_in)
     stage.begin()
-    checks = run.train(stage.state)
 
+    def write(update: int, name: str) -> None:
+        model = policy_of(config, run)
+        write_model(folder, model, codec.tokenizer, card("PPO policy", run, parents, update), name=name)
+
+    checks = run.train(stage.state, keep=lambda update: write(update, f"{KEPT}{update}"))
     stage.report_cut_prompts(codec)
-    model = full_precision(config, folder, roles.actor_critic.policy, base=config.policy, task="CAUSAL_LM")
-    model.generation_config.eos_token_id = sorted({codec.eos_token_id, codec.tokenizer.eos_token_id})
-    facts = {
-        "algorithm": config.algo,
-        "updates": config.updates,
-        "kl.coef": config.kl.coef,
-        "reward": reward.name,
-        **{name: f"{value:.3f}" for name, value in run.last.items() if name in ("score", "kl", "length")},
-    }
-    results = dict(run.last)
+    results, update = dict(run.last), int(run.best.get("step", config.updates))
     if run.best:
-        facts["kept update"] = results["kept_update"] = run.best["step"]
-    write_model(folder, model, codec.tokenizer, model_card("PPO policy", config, parents, facts))
+        results["kept_update"] = update
+    write(update, "model")
+    stage.facts |= {"update": update, "products": kept_products(folder)}
     if run.adversary is not None:
-        card = model_card("Discriminator", config, parents, facts, use=USE)
-        stage.facts["products"] = {"discriminator": run.adversary.save(folder, card)}
+        text = card("Discriminator", run, parents, update, use=USE)
+        stage.facts["products"]["discriminator"] = run.adversary.save(folder, text)
     folder.finish("policy", parents=parents, checks=checks, results=results, **stage.cost(), **stage.facts)
     folder.drop_states()
     print_checks(checks[len(run.start_checks) :])
@@ -73,3 +75,30 @@ def main(overrides: list[str]) -> None:
         f"score {first['score']:.2f} -> {run.last['score']:.2f} at KL {run.last['kl']:.2f}; "
         f"model in {folder.model} ({stage.cost_in_words()})"
     )
+
+
+def policy_of(config: PPOConfig, run: PPORun) -> Any:
+    """What a run has trained so far, in full, to be saved."""
+    with torch.random.fork_rng(devices=[]):  # peft draws weights before it reads an adapter's
+        model = full_precision(config, run.folder, run.models.policy, base=config.policy, task="CAUSAL_LM")
+    model.generation_config.eos_token_id = sorted({run.codec.eos_token_id, run.codec.tokenizer.eos_token_id})
+    return model
+
+
+def card(title: str, run: PPORun, parents: Sequence[Parent], update: int, **more: Any) -> str:
+    """The model card of what a run had trained by an update."""
+    config, last = run.config, run.last
+    facts = {
+        "algorithm": config.algo,
+        "updates": f"{update} of {config.updates}",
+        "kl.coef": config.kl.coef,
+        "reward": run.reward.name,
+        **{name: f"{last[name]:.3f}" for name in ("score", "kl", "length")},
+    }
+    return model_card(title, config, parents, facts, **more)
+
+
+def kept_products(folder: StageFolder) -> dict[str, dict[str, str]]:
+    """What stage.json says of the policies that were kept on the way."""
+    places = sorted(folder.path.glob(f"{KEPT}*"))
+    return {place.name: {"kind": "policy", "sha256": hash_path(place)} for place in places}

@@ -71,7 +71,13 @@ def run(overrides: list[str]) -> int:
         from rlhf.evaluation.seeds_report import seeds_table, write_seeds_report
 
         command = ["./launch.sh", "stage=all", *without_run_mode(overrides)]
-        report = write_seeds_report(folder, reports, failed, shlex.join(command))
+        stages = {}
+        for known in configs.values():
+            for stage, config in known.items():
+                place = chain.stage_folder(stage, config)
+                if stage != "evaluate" and (place / "stage.json").exists():
+                    stages[str(place)] = json.loads((place / "stage.json").read_text(encoding="utf-8"))
+        report = write_seeds_report(folder, reports, failed, stages, shlex.join(command))
         print_table(seeds_table(report))
-        print(f"report: {folder / 'report.md'}")
+        print(f"{report['verdict']}\nreport: {folder / 'report.html'}")
     return first

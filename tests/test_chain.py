@@ -263,6 +263,75 @@ def test_two_models_alone_are_compared_without_a_reward_model(tiny_run: Path, tm
     }
 
 
+def test_policies_kept_on_the_way_change_nothing_and_make_a_curve(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / tiny_run.name
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("evaluate", "ppo"))
+    words = [f"runs={run.parent}", "force=true"]
+    kept = run_stage("ppo", *SMALL["ppo"], *words, "keep_every=2")
+    assert kept.status == 0, kept.output
+    assert same_results(run / "ppo", tiny_run / "ppo")
+    products = read_json(run / "ppo" / "stage.json")["products"]
+    assert list(products) == ["update_2", "update_4"]
+    assert all(hash_path(run / "ppo" / name) == product["sha256"] for name, product in products.items())
+
+    systems = f"systems={{sft: '{run}/sft/model', ppo: {{checkpoints: '{run}/ppo'}}, "
+    systems += f"best: {{path: '{run}/sft/model', best_of: [2, 3, 4]}}}}"
+    measured = run_stage("evaluate", *SMALL["evaluate"], *words, systems, "oracle=null", "gate=kl(ppo)<99")
+    assert measured.status == 0, measured.output
+    report = read_json(run / "evaluate" / "report.json")
+    assert list(report["systems"]) == ["sft", "ppo_2", "ppo_4", "ppo", "best_2", "best_3", "best_4"]
+    curves = report["overoptimization"]
+    assert [point["update"] for point in curves["ppo"]["points"]] == [2, 4, 6]
+    proxies = [point["proxy"]["mean"] for point in curves["best"]["points"]]
+    assert proxies == sorted(proxies), "of one pool, the best of more is never worse"
+    assert curves["best"]["fit"] is not None
+    parents = {parent["path"] for parent in read_json(run / "evaluate" / "stage.json")["parents"]}
+    assert {f"{run}/ppo/update_2", f"{run}/ppo/update_4", f"{run}/ppo/model"} <= parents
+    for file in ("report.md", "report.html"):
+        assert "Over-optimisation" in (run / "evaluate" / file).read_text(encoding="utf-8")
+    assert (run / "evaluate" / "plots" / "overoptimization.png").exists()
+
+    other = f"systems={{sft: '{run}/sft/model', ppo: {{checkpoints: '{tiny_run}/ppo'}}}}"
+    none_kept = run_stage("evaluate", *SMALL["evaluate"], *words, other, "overwrite=true")
+    assert "systems.ppo.checkpoints=" in none_kept.error
+    assert none_kept.error.endswith("that run kept no checkpoints; run it again with keep_every=<updates>")
+    no_run = run_stage(
+        "evaluate", *SMALL["evaluate"], *words, "systems={a: {checkpoints: /nowhere}}", "overwrite=true"
+    )
+    assert "systems.a.checkpoints=/nowhere: no finished run of stage=ppo lies there" in no_run.error
+
+
+def test_evaluation_prompts_that_any_stage_trained_on_are_counted(tiny_run: Path, tmp_path: Path) -> None:
+    assert read_json(tiny_run / "evaluate" / "report.json")["seen_prompts"] == 0
+    overlap = read_json(tiny_run / "evaluate" / "report.json")["overlap"]
+    assert [(Path(each["stage"]).name, each["key"], each["shared"]) for each in overlap] == [
+        ("sft", "data.demonstrations.train", 0),
+        ("collect", "data.prompts.collect", 0),
+        ("rm", "ranked.train", 0),
+        ("ppo", "data.prompts.ppo", 0),
+    ]
+    run = tmp_path / "runs" / tiny_run.name
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("evaluate"))
+    (run / "ppo" / "trained_on.json").unlink()
+    prompts = tmp_path / "prompts.jsonl"
+    seen = [json.loads(line)["prompt"] for line in (run / "collect" / "ranked.jsonl").open(encoding="utf-8")][
+        :5
+    ]
+    rows = [*dict.fromkeys(seen), "nobody ever saw this", "nor that"]
+    prompts.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows), encoding="utf-8")
+    words = [f"runs={run.parent}", "force=true", f"data.prompts.evaluate={prompts}", "oracle=null"]
+    result = run_stage("evaluate", *SMALL["evaluate"], *words, f"systems={{ppo: '{run}/ppo/model'}}")
+    assert result.status == 0, result.output
+    report = read_json(run / "evaluate" / "report.json")
+    found = {(Path(each["stage"]).name, each["key"]): each["shared"] for each in report["overlap"]}
+    assert report["seen_prompts"] == len(rows) - 2 == found["rm", "ranked.train"]
+    assert found["collect", "data.prompts.collect"] == len(rows) - 2 and found["ppo", ""] is None
+    count = f"trained on: {len(rows) - 2} of these prompts stand in ranked.train of"
+    assert count in result.output and "not known which prompts were trained on by: " in result.output
+    text = (run / "evaluate" / "report.md").read_text(encoding="utf-8")
+    assert f"{len(rows)} prompts, {len(rows) - 2} of them trained on" in text and "unseen" not in text
+
+
 def test_a_policy_that_ppo_did_not_write_has_no_training_curve(tiny_run: Path, tmp_path: Path) -> None:
     result = run_stage(
         *(

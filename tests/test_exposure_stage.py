@@ -11,7 +11,7 @@ import pytest
 from rlhf.config import resolved_yaml
 from stages.__main__ import main
 from stages.all import ENTRY_POINT
-from stages.exposure import Step, plan, why_unfit
+from stages.experiments import Step, plan, why_unfit
 from tests.stage_runs import LONGEST_RUN, OWN, read_json
 
 METHODS = [
@@ -21,7 +21,7 @@ METHODS = [
 
 
 def steps_of(tmp_path: Path, *words: str) -> list[Step]:
-    _, [steps] = plan(["model=tiny", "data=toy", "name=x", f"runs={tmp_path}", *words])
+    _, [steps] = plan("exposure", ["model=tiny", "data=toy", "name=x", f"runs={tmp_path}", *words])
     return steps
 
 
@@ -60,8 +60,30 @@ def test_every_method_is_a_stage_of_its_own_on_the_same_models(tmp_path: Path) -
     assert (evaluate.baseline, evaluate.proxy["path"]) == ("sft", f"{run}/rm/model")
 
 
+def test_overoptimization_is_ppo_with_every_coefficient_and_best_of_n(tmp_path: Path) -> None:
+    words = ["model=tiny", "data=toy", "name=x", f"runs={tmp_path}", "kl_coefs=[0.1,0]", "updates=12"]
+    folder, [steps] = plan("overoptimization", words)
+    assert folder == tmp_path / "x" / "overoptimization"
+    labels = ["sft", "collect", "rm", "methods.kl_0.1", "methods.kl_0.0", "evaluate"]
+    assert [step.label for step in steps] == labels
+    *_, first, second, evaluate = steps
+    for step, coef in ((first, 0.1), (second, 0.0)):
+        assert (step.config.kl.coef, step.config.keep_every, step.config.updates) == (coef, 2, 12)
+        assert step.folder == tmp_path / "x" / f"kl_{coef}" / "ppo"
+        assert step.config.reward == {"kind": "model", "path": f"{tmp_path}/x/rm/model"}
+    assert evaluate.folder == folder / "evaluate"
+    assert evaluate.config.systems == {
+        "sft": f"{tmp_path}/x/sft/model",
+        "best_of": {"path": f"{tmp_path}/x/sft/model", "best_of": [2, 4, 8, 16]},
+        "kl_0.1": {"checkpoints": str(first.folder)},
+        "kl_0.0": {"checkpoints": str(second.folder)},
+    }
+    *_, own, _ = plan("overoptimization", [*words, "keep_every=5"])[1][0]
+    assert own.config.keep_every == 5
+
+
 def test_each_seed_has_a_run_of_its_own(tmp_path: Path) -> None:
-    folder, seeds = plan(["model=tiny", "data=toy", "name=x", f"runs={tmp_path}", "seeds=[3,5]"])
+    folder, seeds = plan("exposure", ["model=tiny", "data=toy", "name=x", f"runs={tmp_path}", "seeds=[3,5]"])
     assert folder == tmp_path / "x" / "exposure"
     for seed, steps in zip((3, 5), seeds, strict=True):
         assert {step.config.seed for step in steps} == {seed}
@@ -224,6 +246,10 @@ def test_what_stood_on_a_model_that_was_replaced_since_runs_again(tmp_path: Path
         (["seeds=[]"], "seeds=[]: give at least one, and each once"),
         (["seeds=[1,1]"], "seeds=[1, 1]: give at least one, and each once"),
         (["seeds=[a]"], "seeds"),
+        (["kl_coefs=[0.1,0.1]"], "kl_coefs=[0.1, 0.1]: give each once"),
+        (["kl_coefs=[-1]"], "methods.kl_-1.0: kl.coef=-1.0: a number that is not negative is expected"),
+        (["best_of=[2,2]"], "systems.best_of.best_of=[2, 2]: a number of samples is expected, or a list"),
+        (["methods.best_of=stage=ppo"], "methods.best_of: a name of its own is expected"),
         (["ppo.updates=0"], "methods.reinforce: updates=0: a number that is at least 1 is expected"),
         (["epohcs=2"], "epohcs is not a key of any stage; did you mean epochs?"),
     ],
@@ -243,6 +269,32 @@ def test_show_prints_commands_and_runs_nothing(tmp_path: Path, capsys: pytest.Ca
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 12 and all(line.startswith("./launch.sh stage=") for line in lines[:-1])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_overoptimization_runs_goes_on_and_reports(tmp_path: Path) -> None:
+    words = [
+        "tracker=none",
+        f"runs={tmp_path}",
+        "name=x",
+        "force=true",
+        "kl_coefs=[0.5,0]",
+        "best_of=[2,3,4]",
+    ]
+    words += [f"{stage}.{word}" for stage, own in OWN.items() for word in own]
+    command = [sys.executable, str(ENTRY_POINT), "stage=overoptimization", "model=tiny", "data=toy", *words]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_RUN * 4)
+    assert first.returncode == 0, first.stdout + first.stderr
+    report = read_json(tmp_path / "x" / "overoptimization" / "report.json")
+    curves = report["overoptimization"]
+    assert list(curves) == ["best_of", "kl_0.5", "kl_0.0"]
+    assert [point["update"] for point in curves["kl_0.0"]["points"]] == [1, 2, 3, 4, 5, 6]
+    text = (tmp_path / "x" / "overoptimization" / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Over-optimisation: x") and "| kl_0.0 | to" in text.replace("\\", "")
+
+    again = subprocess.run([*command, "resume=true"], capture_output=True, text=True, timeout=LONGEST_RUN * 4)
+    assert again.returncode == 0 and again.stdout.count("finished in") == 6, again.stdout + again.stderr
+    assert read_json(tmp_path / "x" / "overoptimization" / "report.json")["overoptimization"] == curves
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf.config import PROJECT_DIR, load_config, split_overrides
-from stages import compare, exposure, seeds
+from stages import compare, experiments, seeds
 
 README = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
 
@@ -31,8 +31,11 @@ def test_every_command_is_a_valid_configuration(command: str, tmp_path: Path, mo
     overrides = [word for word in words if not word.startswith("stage=")]
     if stage == "test":
         return
-    if stage in ("exposure", "compare"):
-        {"exposure": exposure.plan, "compare": compare.plan}[stage](overrides)
+    if stage == "compare":
+        compare.plan(overrides)
+        return
+    if stage in ("exposure", "overoptimization"):
+        experiments.plan(stage, overrides)
         return
     if any(word.startswith(seeds.KEY) for word in overrides):
         overrides = next(iter(seeds.plan(overrides)[1].values()))

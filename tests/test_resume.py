@@ -150,9 +150,9 @@ def die_writing(file: str, count: int) -> None:
 # adapter, what the killed run is in the middle of writing, other settings
 PPO_RUNS = [
     ("none", "weights.safetensors", ["kl.controller=adaptive", "kl.horizon=100"]),
-    ("lora", "optimizer.safetensors", []),
+    ("lora", "optimizer.safetensors", ["keep_every=2"]),
     ("qlora", "random.safetensors", []),
-    ("none", "optimizer.safetensors", ["algo=rloo", "rollouts_per_prompt=4"]),
+    ("none", "optimizer.safetensors", ["algo=rloo", "rollouts_per_prompt=4", "keep_every=4"]),
     ("none", "random.safetensors", ["algo=reinforce", "reinforce_baseline=greedy", "reward=sum"]),
     ("lora", "weights.safetensors", ["algo=reinforce", "reinforce_baseline=moving"]),
     ("none", "optimizer.safetensors", ["critic_trunk=policy", "ptx_coef=0.1"]),
@@ -182,6 +182,13 @@ def test_ppo_killed_anywhere_ends_bit_for_bit_as_uninterrupted(
     kill_and_resume(folder, words, within=0.6 * seconds, seed=adapter)
     assert same_results(folder.path, whole.path)
     assert (folder.path / "samples.jsonl").read_bytes() == (whole.path / "samples.jsonl").read_bytes()
+    kept = [sorted(run.path.glob("update_*/model.safetensors")) for run in (folder, whole)]
+    assert [path.parent.name for path in kept[1]] == (
+        ["update_2", "update_4"]
+        if "keep_every=2" in settings
+        else ["update_4"] * ("keep_every=4" in settings)
+    )
+    assert [path.read_bytes() for path in kept[0]] == [path.read_bytes() for path in kept[1]]
     assert not (folder.path / "state").exists()
 
 

@@ -73,6 +73,15 @@ def test_means_the_spread_and_every_seed_are_reported_and_failures_shown(
     assert "+2.167 (sd 0.764)" in shown and "stage ppo failed" in shown
     text = (tmp_path / "x" / "seeds" / "report.md").read_text(encoding="utf-8")
     assert "- seed 4: stage ppo failed, and is in no mean" in text and "+3.000" in text
+    verdict = (
+        "ppo less sft by gold: +2.17 on average over 3 seeds (standard deviation 0.76, from +1.50 to +3.00)."
+    )
+    assert report["verdict"] == f"{verdict} The chain of seed 4 failed." and report["verdict"] in shown
+    page = (tmp_path / "x" / "seeds" / "report.html").read_text(encoding="utf-8")
+    assert (
+        report["verdict"] in page and "Every seed" in page and "seed_4/rm" in page and "<script" not in page
+    )
+    assert "Means over the seeds" in page and 'id="samples"' not in page
 
 
 def test_a_seed_that_fails_anew_is_not_told_by_its_old_report(
@@ -91,7 +100,7 @@ def test_one_system_in_several_seeds_has_the_lowest_and_the_highest(tiny_run: Pa
 
     first, second = (read_json(tiny_run / "evaluate" / "report.json") for _ in range(2))
     second["systems"]["ppo"]["gold"]["mean"] += 1
-    report = write_seeds_report(tmp_path / "seeds", {1: first, 2: second}, {}, "command")
+    report = write_seeds_report(tmp_path / "seeds", {1: first, 2: second}, {}, {}, "command")
     mean = first["systems"]["ppo"]["gold"]["mean"]
     found = report["systems"]["ppo"]["gold"]
     assert found == pytest.approx({"mean": mean + 0.5, "low": mean, "high": mean + 1})

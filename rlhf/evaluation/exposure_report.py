@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.evaluation.compare import common_length
-from rlhf.evaluation.plots import common_scorer, plot_diversity, plot_excess_error, saved
+from rlhf.evaluation.page import write_page
+from rlhf.evaluation.plots import (
+    common_scorer,
+    plot_diversity,
+    plot_excess_error,
+    plot_overoptimization,
+    saved,
+)
 from rlhf.evaluation.report import (
+    BANDS,
     COLUMNS,
     EXPOSURE,
     OVERLAPS,
@@ -17,14 +25,22 @@ from rlhf.evaluation.report import (
     escaped,
     exposure_table,
     notes_in_words,
+    overoptimization_section,
+    prompts_in_words,
     table,
     table_rows,
 )
 from rlhf.files import write_text
 from rlhf.parents import failed_checks
 
+TITLES = {"exposure": "Cures for exposure bias", "overoptimization": "Over-optimisation"}
 FIRST_COLUMNS = ("system", "gold", "wins (gold)", "proxy", "KL", "length", "ended")
 INTERVALS = (("mean", "low", "high"), ("win_rate", "low", "high"), ("kl", "kl_low", "kl_high"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A report.json or stage.json."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def combined(values: Sequence[Any]) -> Any:
@@ -76,9 +92,19 @@ def differences_table(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def warnings_of(reports: Mapping[int, dict[str, Any]]) -> dict[str, list[str]]:
+    """The warnings of several seeds' reports, by system, each with its seed."""
+    found: dict[str, list[str]] = {}
+    for seed, report in reports.items():
+        for name, lines in report["warnings"].items():
+            own = [f"seed {seed}: {line}" for line in lines] if len(reports) > 1 else lines
+            found.setdefault(name, []).extend(own)
+    return found
+
+
 def all_failed_checks(folders: Sequence[Path], run: Path) -> list[str]:
     """A line for every check that a stage in a folder below `run` failed."""
-    records = {each: json.loads((each / "stage.json").read_text(encoding="utf-8")) for each in folders}
+    records = {each: read_json(each / "stage.json") for each in folders}
     return [
         f"{each.relative_to(run)}: {line}"
         for each, record in records.items()
@@ -92,17 +118,20 @@ def write_comparison(
     """Write report.json, report.md and two plots from the evaluations of all seeds; `trained` are the stage
     folders whose checks are reported. Returns the report.
     """
-    reports = [json.loads((path / "report.json").read_text(encoding="utf-8")) for path in seeds.values()]
+    by_seed = {seed: read_json(path / "report.json") for seed, path in seeds.items()}
+    reports, name = list(by_seed.values()), folder.parent.name
     report = combined(reports)
     report["excess_error_length"] = common_length(list(report["systems"].values()))
     if len(seeds) > 1:
-        report |= {"name": folder.parent.name, "reference": report["baseline"]}  # each seed's own
+        report |= {"verdict": None, "reference": report["baseline"]}  # each seed's own
     report |= {
         "notes": list(dict.fromkeys(note for each in reports for note in each["notes"])),
         "gates": [gate for each in reports for gate in each["gates"]],
+        "warnings": warnings_of(by_seed),
+        "name": f"{TITLES[folder.name]}: {name}",
         "seeds": list(seeds),
         "failed_checks": all_failed_checks(trained, folder.parent),
-        "command": command,
+        "commands": [command],
     }
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
@@ -111,22 +140,23 @@ def write_comparison(
         names.append(saved(plot_diversity(report), plots / "diversity.png"))
     if report["excess_error_length"] is not None:
         names.append(saved(plot_excess_error(report), plots / "excess_error.png"))
+    if report["overoptimization"]:
+        names.append(saved(plot_overoptimization(report), plots / "overoptimization.png"))
     write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / "report.md", _markdown(report, seeds, names))
+    write_page(
+        folder / "report.html", report, (), {str(each): read_json(each / "stage.json") for each in trained}
+    )
     return report
 
 
 def _markdown(report: dict[str, Any], seeds: dict[int, Path], plots: Sequence[str]) -> str:
     numbers = ", ".join(map(str, seeds))
-    spread = (
-        "Intervals are 95% (bootstrap over prompts)."
-        if len(seeds) == 1
-        else "Means over the seeds; in brackets the lowest and the highest seed."
-    )
+    spread = "Intervals are 95% (bootstrap over prompts)." if len(seeds) == 1 else BANDS
     simulated = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
     return (
-        f"# Cures for exposure bias: {escaped(report['name'])}\n{simulated}\n"
-        f"Seeds {numbers}; {report['num_prompts']:.0f} unseen prompts, one response each, the same for all. "
+        f"# {escaped(report['name'])}\n{simulated}\n"
+        f"Seeds {numbers}; {prompts_in_words(report)}, one response each, the same for all. "
         f"{spread} KL is to `{report['reference']}` in nats per response; of a system that draws nothing "
         f"its log-prob counts as 0. The oracle is `{report['oracle']}`.\n\n"
         f"{table(comparison_table(report))}\n"
@@ -135,8 +165,8 @@ def _markdown(report: dict[str, Any], seeds: dict[int, Path], plots: Sequence[st
         + "\n"
         + "\n".join(f"![{name}](plots/{name})" for name in plots)
         + f"\n\n## Less {escaped(report['baseline'])}, paired by prompt\n\n{table(differences_table(report))}"
-        "\n## How to reproduce\n\n"
-        f"    {report['command']}\n\n"
+        f"\n{overoptimization_section(report)}## How to reproduce\n\n"
+        f"    {report['commands'][0]}\n\n"
         + "".join(f"- seed {seed}: {path / 'report.md'}\n" for seed, path in seeds.items())
         + "".join(f"- {name} {version}\n" for name, version in report["versions"].items())
     )

@@ -15,14 +15,18 @@ from rlhf.evaluation import plots
 from rlhf.evaluation.compare import Scored
 from rlhf.evaluation.hacking import highest
 from rlhf.evaluation.report import (
+    BANDS,
     COLUMNS,
     EXPOSURE,
+    OVEROPTIMIZATION,
     PREFERENCES,
     SIMULATED,
+    curves_table,
     exposure_table,
     kl_in_words,
     notes_in_words,
     preference_table,
+    prompts_in_words,
     signals_table,
     table_rows,
 )
@@ -40,9 +44,17 @@ CURVES = {
 
 @by_main
 def write_page(
-    path: Path, report: dict[str, Any], scored: Sequence[Scored], stages: Mapping[str, dict[str, Any]]
+    path: Path,
+    report: dict[str, Any],
+    scored: Sequence[Scored],
+    stages: Mapping[str, dict[str, Any]],
+    seeds: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Write the page of a report; `stages` are the stage.json of all that the systems stand on, by folder."""
+    """Write the page of a report; `stages` are the stage.json of all that the systems stand on, by folder.
+
+    Of several evaluations together there are no samples: `scored` is empty then, and `seeds` a table of what
+    each seed found.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -50,7 +62,7 @@ def write_page(
     )
     judges = {"gold": "gold", "judge": "the judge", "proxy": "proxy"}
     judged = {rate["judge"] for rate in report["win_rates"]}
-    main = _main_system(report, scored)
+    main = _main_system(report, scored) if scored else None
     page = environment.get_template("page.html.j2").render(
         report=report,
         nonce=hashlib.sha256(json.dumps(report, default=str).encode()).hexdigest()[:32],
@@ -58,17 +70,22 @@ def write_page(
         scores=[list(COLUMNS), *table_rows(report)],
         notes=notes_in_words(report | {"gates": []}),  # they stand above
         plots=list(_plots(report, scored, [judge for judge in judges if judge in judged])),
+        prompts=prompts_in_words(report),
         kl_explained=kl_in_words(report),
         preferences_explained=PREFERENCES,
         preferences={judges[j]: preference_table(report, j) for j in judges if j in judged},
         signals=signals_table(report),
-        highest=[row | {"prompt": as_text(row["prompt"])} for row in highest(main)],
-        judged_system=main.system.name,
+        highest=[row | {"prompt": as_text(row["prompt"])} for row in (highest(main) if main else ())],
+        judged_system=main and main.system.name,
+        overoptimization_explained=OVEROPTIMIZATION,
+        overoptimization=curves_table(report),
         exposure_explained=EXPOSURE,
         exposure=exposure_table(report),
         curves=list(_curves(stages)),
-        orders=_orders(report["baseline"], main.system.name),
-        samples=list(_samples(report["baseline"], main, scored)),
+        orders=_orders(report["baseline"], main.system.name) if main else {},
+        samples=list(_samples(report["baseline"], main, scored)) if main else [],
+        seeds=seeds,
+        bands=BANDS if len(report.get("seeds", ())) > 1 else "Intervals are 95% (bootstrap over prompts).",
         origins=_origins(stages),
     )
     write_text(path, page)
@@ -94,8 +111,11 @@ def _plots(report: dict[str, Any], scored: Sequence[Scored], judges: Sequence[st
         yield _svg(plots.plot_diversity(report), "diversity")
     if any(entry["kl"] is not None for entry in report["systems"].values()):
         yield _svg(plots.plot_frontier(report), "frontier")
-    lengths = {each.system.name: [len(g.tokens) for g in each.generations] for each in scored}
-    yield _svg(plots.plot_lengths(lengths), "lengths")
+    if scored:
+        lengths = {each.system.name: [len(g.tokens) for g in each.generations] for each in scored}
+        yield _svg(plots.plot_lengths(lengths), "lengths")
+    if report["overoptimization"]:
+        yield _svg(plots.plot_overoptimization(report), "overoptimization")
     if report["excess_error_length"] is not None:
         yield _svg(plots.plot_excess_error(report), "excess")
 

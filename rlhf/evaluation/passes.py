@@ -16,7 +16,7 @@ from rlhf.evaluation.exposure import Instruments, evidence_from, measure
 from rlhf.evaluation.judge import Judgement, LanguageModelJudge, total
 from rlhf.evaluation.report import OVERLAPS
 from rlhf.evaluation.store import Store, digest, model_id, scorer_id
-from rlhf.evaluation.systems import Generation, System, generate, reference_logprobs
+from rlhf.evaluation.systems import Generation, System, choose, generate, reference_logprobs
 from rlhf.metrics import progress
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, same_tokenizer
 from rlhf.records import PromptRecord
@@ -87,27 +87,29 @@ def sample_all(
 
 
 def _sampled(evaluation: Evaluation, system: System, bar: Any) -> list[Generation]:
-    config, proxy = evaluation.config, evaluation.scorers["proxy"]
+    config = evaluation.config
 
     def sample() -> list[Generation]:
         options = {"batch_size": config.batch_size, "seed": config.seed}
-        return generate(
-            system, evaluation.policy(system.path), evaluation.records, proxy=proxy, bar=bar, **options
-        )
+        return generate(system, evaluation.policy(system.path), evaluation.records, bar=bar, **options)
 
     facts = evaluation.facts(system.path) | {
         "decoding": asdict(system.decoding),
-        "best_of": [system.best_of, evaluation.scorer_id("proxy") if system.best_of > 1 else None],
         "prompts": digest([record.prompt for record in evaluation.records]),
-        "draws": [config.seed, config.batch_size],
+        "draws": [config.seed, config.batch_size, system.draws],
     }
-    return evaluation.store.kept(
+    rows = evaluation.store.kept(
         "generations",
         facts,
         sample,
         dump=lambda rows: [asdict(row) for row in rows],
         load=lambda rows: [Generation(**row) for row in rows],
     )
+    if system.best_of == 1:
+        return rows
+    scores = _scores(evaluation, "proxy", rows)
+    assert scores is not None, system
+    return choose(system, rows, scores)
 
 
 def score_all(evaluation: Evaluation, generations: Mapping[System, list[Generation]]) -> list[Scored]:

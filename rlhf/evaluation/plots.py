@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.evaluation.overoptimization import predicted
+
 FOREGROUND = "#101112"  # of text and lines; a colour of the page in its place on a page
 CURVES = {
     "score": "reward's score",
@@ -26,7 +28,10 @@ def plot_scores(report: dict[str, Any]) -> Any:
     pyplot = _pyplot()
     judges = [j for j in ("gold", "proxy") if all(e[j] is not None for e in report["systems"].values())]
     figure, axes = pyplot.subplots(
-        1, max(len(judges), 1), figsize=(4.5 * max(len(judges), 1), 3.2), squeeze=False
+        1,
+        max(len(judges), 1),
+        figsize=(4.5 * max(len(judges), 1), max(3.2, 0.25 * len(report["systems"]))),
+        squeeze=False,
     )
     names = list(report["systems"])
     for axis, judge in zip(axes[0], judges, strict=False):
@@ -120,6 +125,35 @@ def plot_frontier(report: dict[str, Any]) -> Any:
     axis.set_xlabel("root of KL to the reference, nats per response")
     axis.set_title(f"score against KL, {_bands(report)}")
     axis.legend()
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def plot_overoptimization(report: dict[str, Any]) -> Any:
+    """What gold and proxy gain over the baseline along every curve, over the root of KL, with the fits."""
+    figure, axis = _pyplot().subplots(figsize=(6.4, 4.2))
+    for number, (name, curve) in enumerate(report["overoptimization"].items()):
+        for judge, style in (("gold", "o"), ("proxy", "x")):
+            points = [p for p in curve["points"] if p["kl"] is not None and p[judge] is not None]
+            if not points:
+                continue
+            places = [max(point["kl"], 0.0) ** 0.5 for point in points]
+            gains = [point[judge] for point in points]
+            means = [gain["mean"] for gain in gains]
+            sides = [[abs(gain["mean"] - gain[end]) for gain in gains] for end in ("low", "high")]
+            look = {"color": f"C{number % 10}", "label": f"{name}: {judge}"}
+            axis.errorbar(places, means, yerr=sides, fmt=style, capsize=2, markersize=5, **look)
+            fit = curve["fit"] if judge == "gold" else None
+            if fit is None or fit["alpha"]["mean"] is None:
+                axis.plot(places, means, ":" if judge == "proxy" else "-", color=look["color"], linewidth=1)
+            else:
+                steps = [i / 50 * max(places) for i in range(51)]
+                form = predicted(steps, fit["alpha"]["mean"], fit["beta"]["mean"], curve["form"])
+                axis.plot(steps, form, color=look["color"], linewidth=1)
+    axis.axhline(0, color=FOREGROUND, linewidth=0.8)
+    axis.set_xlabel("root of KL to the reference, nats per response")
+    axis.set_title(f"gain over {report['baseline']}, {_bands(report)}")
+    axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     return figure
 

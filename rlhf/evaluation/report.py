@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.evaluation.compare import Scored
+from rlhf.evaluation.overoptimization import preferred
 from rlhf.evaluation.plots import (
     CURVES,
     common_scorer,
     plot_diversity,
     plot_excess_error,
+    plot_overoptimization,
     plot_scores,
     plot_training,
     saved,
@@ -31,6 +33,8 @@ EXPOSURE = (
     "Log-prob (by the oracle, per token) and gold score of continuations: after gold prefixes, less those "
     "after own ones. docs/exposure.md has each measure and its source."
 )
+BANDS = "Means over the seeds; in brackets the lowest and the highest seed."
+ENDS = ("mean", "low", "high")
 OVERLAPS = {"rouge_l": "ROUGE-L", "bleu": "BLEU"}
 PREFERENCE_COLUMNS = (
     *("system", "strength", "wins / ties / losses", "win rate", "the same at equal length"),
@@ -39,6 +43,16 @@ PREFERENCE_COLUMNS = (
 PREFERENCES = (
     "A system beats another with probability sigmoid(difference of strengths) (Bradley-Terry). With as many "
     "prompts as needed, a mean difference of the size seen is told from none in four of five evaluations."
+)
+OVEROPTIMIZATION = (
+    "Gains are those over the baseline, d is the root of KL in nats per response. A run's gold "
+    "is fitted by d (alpha - beta log d), best-of-n's by d (alpha - beta d) (Gao et al. 2022, "
+    "https://arxiv.org/abs/2210.10760); inf: the fit does not turn. Where it turns beyond the largest KL "
+    "seen, nothing was seen of it. What gold prefers was chosen on these prompts, which flatters it."
+)
+CURVE_COLUMNS = (
+    *("curve", "KL seen", "alpha", "beta", "gold highest at KL", "gains there"),
+    *("gold prefers", "its gain", "more than the last"),
 )
 COLUMNS = ("system", "gold", "proxy", "KL", "length", "ended", "rep-4", "distinct-2", "wins (gold)")
 
@@ -123,6 +137,19 @@ def preference_table(report: dict[str, Any], judge: str) -> list[list[str]]:
     return rows
 
 
+def curves_table(report: dict[str, Any]) -> list[list[str]]:
+    """The curves of over-optimisation: a header, and a row a curve, as text."""
+    rows = [list(CURVE_COLUMNS)]
+    for name, curve in report["overoptimization"].items():
+        fit = curve["fit"] or dict.fromkeys(("alpha", "beta", "highest_kl", "highest_gain"))
+        kls = [point["kl"] for point in curve["points"] if point["kl"] is not None]
+        best = preferred(curve) or dict.fromkeys(("system", "gold", "gold_less_last"))
+        numbers = (fit[key] for key in ("alpha", "beta", "highest_kl", "highest_gain"))
+        cells = [f"to {max(kls):.2f}" if kls else "-", *map(_interval, numbers), best["system"] or "-"]
+        rows.append([name, *cells, _interval(best["gold"]), _interval(best["gold_less_last"])])
+    return rows
+
+
 def signals_table(report: dict[str, Any]) -> list[list[str]]:
     """The signs of a hacked reward: a header, and a row a system, as text."""
     keys = next(iter(report["signals"].values()))
@@ -140,6 +167,12 @@ def notes_in_words(report: dict[str, Any]) -> list[str]:
     ]
     judge = [judge_in_words(report["judge"])] if report["judge"] else []
     return [*gates, *judge, *report["notes"], *(f"failed check: {line}" for line in report["failed_checks"])]
+
+
+def prompts_in_words(report: dict[str, Any]) -> str:
+    """How many prompts there are, and whether they were trained on."""
+    number, seen = f"{report['num_prompts']:.0f}", report["seen_prompts"]
+    return f"{number} prompts, {seen:.0f} of them trained on" if seen else f"{number} unseen prompts"
 
 
 def kl_in_words(report: dict[str, Any]) -> str:
@@ -185,6 +218,8 @@ def write_report(
         names.append(saved(plot_diversity(report), plots / "diversity.png"))
     if report["excess_error_length"] is not None:
         names.append(saved(plot_excess_error(report), plots / "excess_error.png"))
+    if report["overoptimization"]:
+        names.append(saved(plot_overoptimization(report), plots / "overoptimization.png"))
     rows = [] if curves is None or not curves.exists() else training_rows(curves)
     if rows:
         names.append(saved(plot_training(rows), plots / "training.png"))
@@ -219,11 +254,12 @@ def _markdown(
     note = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
     return (
         f"# {escaped(report['name'])}\n\n**{escaped(report['verdict'])}**\n{note}\n"
-        f"{report['num_prompts']} unseen prompts, one response each; the same decoding, length limit and "
+        f"{prompts_in_words(report)}, one response each; the same decoding, length limit and "
         f"random numbers for all. Intervals are 95% (bootstrap over prompts). {escaped(kl_in_words(report))} "
         f"Wins are against `{report['baseline']}`.\n\n"
         f"{scores}\n{images}\n\n{_preferences(report)}"
         f"## Is the reward hacked?\n\n{warned or 'No sign of it.'}\n\n{table(signals_table(report))}\n"
+        f"{overoptimization_section(report)}"
         f"## Exposure bias\n\n{EXPOSURE}\n\n{table(exposure_table(report))}\n{notes}\n"
         f"## Samples\n\n{_samples(scored, num_samples)}"
         "\n## How to reproduce\n\nIn an empty `runs=` folder:\n\n"
@@ -231,6 +267,13 @@ def _markdown(
         + "\n"
         + "".join(f"- {name} {version}\n" for name, version in report["versions"].items())
     )
+
+
+def overoptimization_section(report: dict[str, Any]) -> str:
+    """The curves as a section of Markdown; nothing where there are none."""
+    if not report["overoptimization"]:
+        return ""
+    return f"## Over-optimisation\n\n{OVEROPTIMIZATION}\n\n{table(curves_table(report))}\n"
 
 
 def _preferences(report: dict[str, Any]) -> str:
@@ -279,5 +322,8 @@ def escaped(text: str) -> str:
     return " ".join(text.split())
 
 
-def _interval(entry: dict[str, float] | None) -> str:
-    return "-" if entry is None else f"{entry['mean']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"
+def _interval(entry: Mapping[str, float | None] | None) -> str:
+    if entry is None:
+        return "-"
+    mean, low, high = ("inf" if (end := entry[key]) is None else f"{end:.2f}" for key in ENDS)
+    return f"{mean} [{low}, {high}]"

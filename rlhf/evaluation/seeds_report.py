@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.evaluation.exposure_report import combined
-from rlhf.evaluation.report import COLUMNS, escaped, notes_in_words, table, table_rows
+from rlhf.evaluation.exposure_report import combined, warnings_of
+from rlhf.evaluation.page import write_page
+from rlhf.evaluation.report import BANDS, COLUMNS, escaped, notes_in_words, table, table_rows
 from rlhf.files import write_text
-
-SPREAD = "Means over the seeds; in brackets the lowest and the highest seed."
 
 
 def seeds_table(report: dict[str, Any]) -> list[list[str]]:
@@ -33,10 +32,15 @@ def seeds_table(report: dict[str, Any]) -> list[list[str]]:
 
 
 def write_seeds_report(
-    folder: Path, reports: Mapping[int, dict[str, Any]], failed: Mapping[int, str], command: str
+    folder: Path,
+    reports: Mapping[int, dict[str, Any]],
+    failed: Mapping[int, str],
+    stages: Mapping[str, dict[str, Any]],
+    command: str,
 ) -> dict[str, Any]:
-    """Write report.json and report.md from the reports of evaluations, by seed, and the seeds whose chain
-    failed, each with the stage that did. Returns the report.
+    """Write report.json, report.md and report.html from the reports of evaluations, by seed, and the seeds
+    whose chain failed, each with the stage that did; `stages` are the stage.json of all, by folder. Returns
+    the report.
     """
     report = combined(list(reports.values()))
     judge = next((each for each in ("gold", "proxy") if report[each] is not None), None)
@@ -56,25 +60,38 @@ def write_seeds_report(
         "failed_seeds": dict(failed),
         "judge_of_seeds": judge,
         "by_seed": by_seed,
-        "verdict": None,  # each seed has its own
         "reference": f"the reference of each seed, as {report['reference']}",
-        "warnings": [
-            f"seed {seed}: {name}: {line}"
-            for seed, each in reports.items()
-            for name, lines in each["warnings"].items()
-            for line in lines
-        ],
+        "warnings": warnings_of(reports),
         "notes": list(dict.fromkeys(note for each in reports.values() for note in each["notes"])),
         "failed_checks": [
             f"seed {seed}: {line}" for seed, each in reports.items() for line in each["failed_checks"]
         ],
         "gates": [gate for each in reports.values() for gate in each["gates"]],
-        "command": command,
+        "commands": [command],
     }
+    report["verdict"] = seeds_verdict(report)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / "report.md", _markdown(report))
+    write_page(folder / "report.html", report, (), stages, seeds_table(report))
     return report
+
+
+def seeds_verdict(report: dict[str, Any]) -> str | None:
+    """One sentence on ppo, else the last system: its difference to the baseline over the seeds."""
+    by_seed, judge = report["by_seed"], report["judge_of_seeds"]
+    if not by_seed:
+        return None
+    name = "ppo" if "ppo" in by_seed else list(by_seed)[-1]
+    values, failed = by_seed[name], report["failed_seeds"]
+    lost = f" The chain of seed {', '.join(map(str, failed))} failed." if failed else ""
+    if len(values) == 1:
+        return f"{name} less {report['baseline']} by {judge}: {values[0]:+.2f}, of one seed.{lost}"
+    return (
+        f"{name} less {report['baseline']} by {judge}: {np.mean(values):+.2f} on average over {len(values)} "
+        f"seeds (standard deviation {np.std(values, ddof=1):.2f}, from {min(values):+.2f} to "
+        f"{max(values):+.2f}).{lost}"
+    )
 
 
 def _markdown(report: dict[str, Any]) -> str:
@@ -82,15 +99,17 @@ def _markdown(report: dict[str, Any]) -> str:
         f"- seed {seed}: stage {stage} failed, and is in no mean\n"
         for seed, stage in report["failed_seeds"].items()
     )
-    told = [*report["warnings"], *notes_in_words(report)]
+    warned = [f"{name}: {line}" for name, lines in report["warnings"].items() for line in lines]
+    told = [*warned, *notes_in_words(report)]
     checks = "".join(f"- {escaped(line)}\n" for line in told)
-    spread = SPREAD if len(report["seeds"]) > 1 else "One seed; intervals are 95% (bootstrap over prompts)."
+    spread = BANDS if len(report["seeds"]) > 1 else "One seed; intervals are 95% (bootstrap over prompts)."
     return (
-        f"# {escaped(report['name'])}: seeds {', '.join(map(str, report['seeds']))}\n\n{spread} "
+        f"# {escaped(report['name'])}: seeds {', '.join(map(str, report['seeds']))}\n\n"
+        f"**{escaped(report['verdict'] or '')}**\n\n{spread} "
         f"Wins are against `{report['baseline']}`.\n\n"
         f"{table([list(COLUMNS), *table_rows(report)])}\n"
         f"## Every seed: {report['judge_of_seeds']}, less {escaped(report['baseline'])}\n\n"
         f"{table(seeds_table(report))}\n{failed}{checks}\n"
-        f"## How to reproduce\n\n    {report['command']}\n\n"
+        f"## How to reproduce\n\n    {report['commands'][0]}\n\n"
         + "".join(f"- {name} {version}\n" for name, version in report["versions"].items())
     )

@@ -16,9 +16,9 @@ import torch
 from rlhf.batches import Rollout, join, left_pad
 from rlhf.decoding import Decoding, system_decoding
 from rlhf.models.forward import response_logprobs
+from rlhf.parents import kept_policies
 from rlhf.processes import ALONE
 from rlhf.records import PromptRecord, make_sources, prompt_key, read_records
-from rlhf.rewards import checked_scores
 from rlhf.rows import shorten
 from rlhf.sampling.policy import Policy
 from rlhf.text import TextCodec
@@ -30,8 +30,11 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class System:
-    """A checkpoint (folder or hub name), how it decodes, and whether the best of n samples is taken; or, with
-    `is_saved`, a file of responses that came from elsewhere.
+    """A checkpoint (folder or hub name), how it decodes, and whether the best of n samples is taken, those
+    being the first of `pool`; or, with `is_saved`, a file of responses that came from elsewhere.
+
+    One of a family of systems, the checkpoints of a run or best-of-n for several n, has its name in `curve`,
+    and its update in `update`.
     """
 
     name: str
@@ -39,6 +42,14 @@ class System:
     decoding: Decoding
     best_of: int = 1
     is_saved: bool = False
+    pool: int | None = None
+    curve: str | None = None
+    update: int | None = None
+
+    @property
+    def draws(self) -> int:
+        """Samples per prompt."""
+        return self.pool or self.best_of
 
 
 @dataclass(frozen=True)
@@ -55,15 +66,33 @@ class Generation:
 
 
 def build_systems(specs: dict[str, Any], decoding: Decoding) -> list[System]:
-    """Systems from the `systems` key: a path, {path, decoding: {...}, best_of: n}, or {generations: file}."""
-    systems = []
+    """Systems from the `systems` key: a path, {path, decoding: {...}, best_of: n, or a list of them},
+    {generations: file}, or {checkpoints: folder of a PPO run}, whose last one has the name alone.
+
+    Raises ValueError for a name that two of them would have.
+    """
+    systems: list[System] = []
     for name, spec in specs.items():
         spec = {"path": spec} if isinstance(spec, str) else spec
         if "generations" in spec:
             systems.append(System(name, spec["generations"], decoding, is_saved=True))
-            continue
-        own = system_decoding(name, spec.get("decoding"), decoding)
-        systems.append(System(name, spec["path"], own, int(spec.get("best_of") or 1)))
+        elif "checkpoints" in spec:
+            kept = kept_policies(f"systems.{name}.checkpoints", spec["checkpoints"])
+            for update, path in kept.items():
+                own_name = name if path.name == "model" else f"{name}_{update}"
+                systems.append(System(own_name, str(path), decoding, curve=name, update=update))
+        else:
+            own, best_of = system_decoding(name, spec.get("decoding"), decoding), spec.get("best_of") or 1
+            if isinstance(best_of, list):
+                pool = max(best_of)
+                systems += [
+                    System(f"{name}_{n}", spec["path"], own, n, pool=pool, curve=name) for n in best_of
+                ]
+            else:
+                systems.append(System(name, spec["path"], own, best_of))
+    names = [system.name for system in systems]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"systems: two would be called {twice[0]}; give one of them another name")
     return systems
 
 
@@ -81,29 +110,26 @@ def generate(  # noqa: PLR0913 (a system with its policy, what it answers, and h
     policy: Policy,
     records: Sequence[PromptRecord],
     *,
-    proxy: Any,
     batch_size: int,
     seed: int,
     bar: Any,
 ) -> list[Generation]:
-    """One response of a system to each prompt; with `best_of` the one that the proxy scores highest."""
-    assert system.best_of == 1 or proxy is not None, system
-    per_batch = max(1, batch_size // (system.best_of * system.decoding.num_beams))
+    """A system's `draws` responses to each prompt, those of a prompt one after another."""
+    per_batch = max(1, batch_size // (system.draws * system.decoding.num_beams))
 
     def sampled(own: Policy, start: int, batch: Sequence[PromptRecord]) -> list[Generation]:
-        prompts = [record.prompt for record in batch for _ in range(system.best_of)]
+        prompts = [record.prompt for record in batch for _ in range(system.draws)]
         return _generations(
             prompts, own.respond(prompts, system.decoding, seed=seed * 1_000_003 + start), own
         )
 
-    chosen: list[Generation] = []
-    for found in by_batches(policy, records, per_batch, sampled, bar):
-        if system.best_of > 1:
-            scores = checked_scores(proxy, [g.prompt for g in found], [g.response for g in found])
-            best = scores.view(-1, system.best_of).argmax(1)
-            found = [found[i * system.best_of + int(b)] for i, b in enumerate(best)]
-        chosen += found
-    return chosen
+    return [row for found in by_batches(policy, records, per_batch, sampled, bar) for row in found]
+
+
+def choose(system: System, rows: Sequence[Generation], scores: Sequence[float]) -> list[Generation]:
+    """Of a system's `draws` responses to each prompt the one of the first `best_of` that has most."""
+    starts = range(0, len(rows), system.draws)
+    return [rows[max(range(start, start + system.best_of), key=scores.__getitem__)] for start in starts]
 
 
 def by_batches(

@@ -16,6 +16,7 @@ from rlhf.evaluation.exposure_report import (
     differences_table,
     write_comparison,
 )
+from rlhf.evaluation.hacking import signals
 from rlhf.evaluation.report import exposure_table
 from rlhf.evaluation.systems import Generation, System
 
@@ -51,10 +52,18 @@ def report_of(shift: float) -> dict[str, Any]:
         "notes": [],
         "failed_checks": [],
         "gates": [],
+        "seen_prompts": 0,
+        "overlap": [],
+        "overoptimization": {},
         "judge": None,
         "excess_error_length": common_length(list(entries.values())),
         "systems": entries,
         **compare(systems, "sft", **OPTIONS),
+        "signals": {
+            each.system.name: signals(each, entries[each.system.name], systems[0]) for each in systems
+        },
+        "warnings": {"r|l": ["it is <b>"]},
+        "verdict": "none",
         "versions": {"torch": "2"},
     }
 
@@ -129,7 +138,7 @@ def test_the_report_is_written_whole(tmp_path: Path, shifts: tuple[float, ...]) 
         (seeds[seed] / "report.json").write_text(json.dumps(report_of(shift)), encoding="utf-8")
     checks = [{"name": f"c{i}", "passed": bool(i), "value": "v", "meaning": "<m>"} for i in range(2)]
     trained.mkdir(parents=True)
-    (trained / "stage.json").write_text(json.dumps({"checks": checks}), encoding="utf-8")
+    (trained / "stage.json").write_text(json.dumps({"stage": "ppo", "checks": checks}), encoding="utf-8")
     folder = tmp_path / "run" / "exposure"
     report = write_comparison(folder, seeds, [trained], "./launch.sh stage=exposure")
     assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
@@ -140,3 +149,12 @@ def test_the_report_is_written_whole(tmp_path: Path, shifts: tuple[float, ...]) 
     assert "r\\|l" in text and "failed check: rloo/ppo: c0: v (&lt;m&gt;)" in text and "c1" not in text
     assert ("lowest and the highest seed" in text) == (len(shifts) > 1)
     assert all(str(path / "report.md") in text for path in seeds.values())
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    warning = "seed 4: it is &lt;b&gt;" if len(shifts) > 1 else "r|l: it is &lt;b&gt;"
+    assert (
+        warning in page
+        and "rloo/ppo" in page
+        and "r|l" in page
+        and "<script" not in page
+        and page.count("<svg") >= 4
+    )

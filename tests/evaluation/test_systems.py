@@ -16,6 +16,7 @@ from rlhf.evaluation.systems import (
     System,
     build_systems,
     check_choosers,
+    choose,
     generate,
     reference_logprobs,
     saved_responses,
@@ -46,7 +47,7 @@ def policy() -> Policy:
 def sampled(
     policy: Policy, *, best_of: int = 1, decoding: Decoding = DECODING, **more: Any
 ) -> list[Generation]:
-    options = {"proxy": None, "batch_size": 8, "seed": 1} | more
+    options = {"batch_size": 8, "seed": 1} | more
     bar = progress(len(PROMPTS))
     return generate(System("s", "path", decoding, best_of), policy, PROMPTS, bar=bar, **options)
 
@@ -111,21 +112,28 @@ def test_the_reference_does_not_care_what_shares_its_batch(policy: Policy) -> No
 
 
 def test_best_of_n_takes_what_the_proxy_likes_best(policy: Policy) -> None:
-    seen: list[tuple[str, str]] = []
+    drawn = sampled(policy, best_of=4)
+    scores = [float(len(row.response)) for row in drawn]
+    assert [row.prompt for row in drawn] == [record.prompt for record in PROMPTS for _ in range(4)]
+    most = [0.0] * len(PROMPTS)
+    for n in (1, 2, 4):  # of one pool, so that more are never worse
+        chosen = choose(System("s", "path", DECODING, n, pool=4), drawn, scores)
+        assert [row.prompt for row in chosen] == [record.prompt for record in PROMPTS]
+        for i, row in enumerate(chosen):
+            assert len(row.response) == max(scores[4 * i : 4 * i + n]) >= most[i]
+            most[i] = len(row.response)
+    assert most != scores[::4]
 
-    class Longest:
-        name = "longest"
 
-        def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-            seen.extend(zip(prompts, responses, strict=True))
-            return [float(len(response)) for response in responses]
-
-    chosen = sampled(policy, best_of=4, proxy=Longest())
-    assert [g.prompt for g in chosen] == [record.prompt for record in PROMPTS]
-    for generation in chosen:
-        responses = [response for prompt, response in seen if prompt == generation.prompt]
-        assert len(responses) == 4
-        assert len(generation.response) == max(len(response) for response in responses)
+def test_a_list_of_best_of_is_a_system_for_each_from_one_pool() -> None:
+    found = build_systems({"a": "x", "best": {"path": "y", "best_of": [2, 8]}}, DECODING)
+    assert [(each.name, each.best_of, each.draws, each.curve) for each in found] == [
+        ("a", 1, 1, None),
+        ("best_2", 2, 8, "best"),
+        ("best_8", 8, 8, "best"),
+    ]
+    with pytest.raises(ValueError, match="systems: two would be called a_2; give one of them another name"):
+        build_systems({"a_2": "x", "a": {"path": "y", "best_of": [2, 8]}}, DECODING)
 
 
 def test_best_of_n_without_a_proxy_is_refused() -> None:

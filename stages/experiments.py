@@ -1,6 +1,7 @@
-"""stage=exposure: the cures for exposure bias, trained and decoded on the same data, and their comparison.
+"""stage=exposure and stage=overoptimization: many runs from the same data, and their comparison.
 
-Every part is a stage like any other, a process of its own; that of a method lies in
+The cures for exposure bias, trained and decoded; PPO with several KL coefficients, its checkpoints, and
+best-of-n. Every part is a stage like any other, a process of its own; that of a method lies in
 <runs>/<name>/<method>/<stage>.
 """
 
@@ -31,11 +32,12 @@ OWN_KEYS = tuple(ComparisonConfig.__dataclass_fields__)
 # Keys of the stages that it sets, and what to give instead.
 INSTEAD = {
     "seed": "give seeds='[1, 2]'",
-    "systems": "give methods.<name>= and decodings=",
+    "systems": "give methods.<name>=, decodings=, kl_coefs= and best_of=",
     "baseline": "it is sft",
 }
 METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 GIVEN = ("name", "runs", "seed", "policy", "overwrite", "resume")  # what the comparison sets, or all have
+NUM_KEPT = 5  # policies of a run with one of kl_coefs, the last one among them
 Words = dict[str, list[str]]
 
 
@@ -55,8 +57,9 @@ class Step:
         return stage_folder(self.stage, self.config)
 
 
-def plan(overrides: list[str]) -> tuple[Path, list[list[Step]]]:
-    """Return where the comparison goes, and the steps of each seed in order, all of their settings checked.
+def plan(program: str, overrides: list[str]) -> tuple[Path, list[list[Step]]]:
+    """Return where the comparison of a `program` ("exposure" or "overoptimization") goes, and the steps of
+    each seed in order, all of their settings checked.
 
     Raises ValueError, naming the step, for what one of them refuses.
     """
@@ -65,20 +68,23 @@ def plan(overrides: list[str]) -> tuple[Path, list[list[Step]]]:
         if key in INSTEAD:
             raise ValueError(f"{word}: the comparison says that itself; {INSTEAD[key]}")
     own = [word for word in overrides if word.partition("=")[0].partition(".")[0] in OWN_KEYS]
-    comparison = load_config("exposure", own)
+    comparison = load_config(program, own)
     words = split_overrides([word for word in overrides if word not in own])
     seeds = comparison.seeds
-    _check_methods(comparison)
+    _check_methods(program, comparison)
     common = load_config("sft", words["sft"])
     names = {seed: common.name if len(seeds) == 1 else f"{common.name}/seed_{seed}" for seed in seeds}
-    steps = [list(_steps(comparison, words, seed, name)) for seed, name in names.items()]
-    return Path(common.runs) / common.name / "exposure", [_marked(each) for each in steps]
+    steps = [list(_steps(program, comparison, words, seed, name)) for seed, name in names.items()]
+    return Path(common.runs) / common.name / program, [_marked(each) for each in steps]
 
 
-def _check_methods(comparison: ComparisonConfig) -> None:
-    known = load_config("exposure", []).methods
+def _check_methods(program: str, comparison: ComparisonConfig) -> None:
+    known = load_config(program, []).methods
+    if len(set(comparison.kl_coefs)) < len(comparison.kl_coefs):
+        raise ValueError(f"kl_coefs={comparison.kl_coefs}: give each once")
     for method, text in comparison.methods.items():
-        taken = {"base", "sft", *(f"sft_{decoding}" for decoding in comparison.decodings)}
+        taken = {"base", "sft", "best_of", *(f"sft_{decoding}" for decoding in comparison.decodings)}
+        taken |= {f"kl_{coef}" for coef in comparison.kl_coefs}
         if not METHOD_NAME.fullmatch(str(method)) or method in taken:
             raise ValueError(
                 f"methods.{method}: a name of its own is expected, of letters, digits, - and _; taken are "
@@ -88,7 +94,7 @@ def _check_methods(comparison: ComparisonConfig) -> None:
             raise ValueError(f"methods.{method}=null: {hint(method, known)}methods are {', '.join(known)}")
 
 
-def _steps(comparison: ComparisonConfig, words: Words, seed: int, name: str) -> Iterator[Step]:
+def _steps(program: str, comparison: ComparisonConfig, words: Words, seed: int, name: str) -> Iterator[Step]:
     """The SFT model, the reward model where the data has something to train it on, the methods, evaluate."""
     place = [f"name={name}", f"seed={seed}"]
     sft, collect, rm = (_step(stage, stage, [*words[stage], *place]) for stage in ("sft", "collect", "rm"))
@@ -96,7 +102,11 @@ def _steps(comparison: ComparisonConfig, words: Words, seed: int, name: str) -> 
     needed = [rm] if data.ranked.train is not None else [collect, rm]
     has_reward_model = data.ranked.train is not None or data.labelled.labeller is not None
     yield from [sft, *(needed if has_reward_model else [])]
-    systems: dict[str, Any] = {"base": sft.config.policy, "sft": str(sft.folder / "model")}
+    systems: dict[str, Any] = {"sft": str(sft.folder / "model")}
+    if program == "exposure":
+        systems = {"base": sft.config.policy, **systems}
+    if comparison.best_of:
+        systems["best_of"] = {"path": systems["sft"], "best_of": comparison.best_of}
     for decoding in comparison.decodings:
         systems[f"sft_{decoding}"] = {"path": systems["sft"], "decoding": decoding_changes(decoding)}
     for method, text in comparison.methods.items():
@@ -106,11 +116,27 @@ def _steps(comparison: ComparisonConfig, words: Words, seed: int, name: str) -> 
         step = _method(method, text, words, place, sft, rm if has_reward_model else None)
         yield step
         systems[method] = str(step.folder / "model")
-    chosen = [f"systems={json.dumps(systems)}", "baseline=sft", "force=true"]
-    measures = [f"oracle={sft.config.model.path}", "prefix_lengths=[4, 16]"]
-    step = _step(
-        "evaluate", "evaluate", [*measures, *words["evaluate"], f"name={name}", f"seed={seed}", *chosen]
-    )
+    for coef in comparison.kl_coefs:
+        method, place = f"kl_{coef}", [f"name={name}/kl_{coef}", f"seed={seed}"]
+        step = _method(
+            method, f"stage=ppo kl.coef={coef}", words, place, sft, rm if has_reward_model else None
+        )
+        if step.config.keep_every is None:
+            every = max(1, step.config.updates // NUM_KEPT)
+            step = _step(step.label, "ppo", [*step.words, f"keep_every={every}"])
+        yield step
+        systems[method] = {"checkpoints": str(step.folder)}
+    measures, own_name = [f"oracle={sft.config.model.path}", "prefix_lengths=[4, 16]"], name
+    if program != "exposure":
+        measures, own_name = [], f"{name}/{program}"
+    chosen = [
+        f"name={own_name}",
+        f"seed={seed}",
+        f"systems={json.dumps(systems)}",
+        "baseline=sft",
+        "force=true",
+    ]
+    step = _step("evaluate", "evaluate", [*measures, *words["evaluate"], *chosen])
     gold, proxy = step.config.gold, step.config.proxy or {}
     no_proxy = not has_reward_model and proxy.get("path") == str(rm.folder / "model")
     no_gold = gold is None or (gold["kind"] == "classifier" and gold.get("train") is None)
@@ -202,10 +228,10 @@ def _other_systems(step: Step) -> bool:
     return bool(changed) and all(key.startswith("systems") for key in changed)
 
 
-def run(overrides: list[str]) -> int:
+def run(program: str, overrides: list[str]) -> int:
     """Run what is due of every seed and write the comparison; return the first exit status that is not 0."""
-    folder, seeds = plan(overrides)
-    command = ["./launch.sh", "stage=exposure", *without_run_mode(overrides)]
+    folder, seeds = plan(program, overrides)
+    command = ["./launch.sh", f"stage={program}", *without_run_mode(overrides)]
     steps = [step for steps in seeds for step in steps]
     check_data((step.stage, step.config) for step in steps if not step.finished)
     not_passed = 0
@@ -231,12 +257,14 @@ def run(overrides: list[str]) -> int:
         not_passed = max(not_passed, status)
         print(f"  {(time.monotonic() - started) / 60:.1f} min", flush=True)
     from rlhf.evaluation.exposure_report import FIRST_COLUMNS, comparison_table, write_comparison
-    from rlhf.evaluation.report import print_table
+    from rlhf.evaluation.report import curves_table, print_table
 
     evaluated = {each[-1].config.seed: each[-1].folder for each in seeds}
     report = write_comparison(folder, evaluated, [step.folder for step in steps], shlex.join(command))
     print_table([row[: len(FIRST_COLUMNS)] for row in comparison_table(report)])
-    print(f"report: {folder / 'report.md'}")
+    if report["overoptimization"]:
+        print_table(curves_table(report))
+    print(f"report: {folder / 'report.html'}")
     return not_passed
 
 
@@ -250,9 +278,9 @@ def why_unfit(step: Step, later: Sequence[Step]) -> str | None:
     return None
 
 
-def show(overrides: list[str]) -> None:
+def show(program: str, overrides: list[str]) -> None:
     """Print the command of every step, and of what is finished where it lies; run nothing."""
-    folder, seeds = plan(overrides)
+    folder, seeds = plan(program, overrides)
     for step in (step for steps in seeds for step in steps):
         done = f"  # finished in {step.folder}" if step.finished else ""
         print(shlex.join(["./launch.sh", f"stage={step.stage}", *step.words]) + done)
