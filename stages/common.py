@@ -153,10 +153,13 @@ def check_data(configs: Iterable[tuple[str, Any]]) -> None:
     """
     seen: dict[str, Sequence[Any]] = {}
     for stage, config in configs:
-        if stage == "evaluate" and config.judge.name != "none":
+        if stage == "evaluate":
             from rlhf.evaluation.judge import LanguageModelJudge
+            from rlhf.evaluation.store import store_in
 
-            LanguageModelJudge(config.judge, Path(config.store))  # its template, client and key are there
+            store = store_in(config.store)
+            if config.judge.name != "none":
+                LanguageModelJudge(config.judge, store.folder)  # its template, client and key are there
         made = (config.runs, config.data.folder) if config.data.build else (config.runs,)
         for key, (source, kind) in _sources_of(stage, config).items():
             place = repr((source, kind))

@@ -23,7 +23,7 @@ from rlhf.evaluation.overoptimization import warnings as overoptimized
 from rlhf.evaluation.page import write_page
 from rlhf.evaluation.passes import Evaluation, judge_all, measure_all, sample_all, score_all
 from rlhf.evaluation.report import COLUMNS, notes_in_words, print_table, table_rows, write_report
-from rlhf.evaluation.store import Store
+from rlhf.evaluation.store import store_in
 from rlhf.evaluation.systems import System, build_systems, check_choosers, saved_responses
 from rlhf.gates import GATE_STATUS, parse_gates
 from rlhf.models.loading import load_codec, num_parameters, same_tokenizer
@@ -73,7 +73,7 @@ def main(overrides: list[str]) -> int:
             parents.append(find_parent(name, path, kind="reward_model", force=True))
     overlap = seen_in_training(parents, prompt_keys(prompts))
     check_choosers(systems, proxy)
-    store = Store(Path(config.store))
+    store = store_in(config.store)
     judge = None if config.judge.name == "none" else LanguageModelJudge(config.judge, store.folder)
     oracle, notes = find_oracle(config, systems)
     codec, on_bad_row = load_codec(codec_of, config), config.data.on_bad_row

@@ -187,9 +187,11 @@ def compare(
 
 
 def _rate(outcomes: Floats, ours: Scored, theirs: Scored, **options: int) -> dict[str, Any]:
-    """Win rates of outcomes (P,), those that are nan left out, plain and length-controlled."""
+    """Win rates of outcomes (P,), those that are nan left out, plain and length-controlled; in characters, as
+    systems may have different tokens.
+    """
     known = np.isfinite(outcomes).nonzero()[0]
-    lengths = [[len(each.generations[i].tokens) for i in known] for each in (ours, theirs)]
+    lengths = [[len(each.generations[i].response) for i in known] for each in (ours, theirs)]
     even = length_controlled_win_rate(outcomes[known], *lengths)
     rate = win_rate(outcomes[known], np.full(len(known), 0.5), **options)
     return vars(rate) | {"length_controlled": vars(even)}

@@ -35,6 +35,7 @@ from rlhf.parents import failed_checks
 
 TITLES = {"exposure": "Cures for exposure bias", "overoptimization": "Over-optimisation"}
 FIRST_COLUMNS = ("system", "gold", "wins (gold)", "proxy", "KL", "length", "ended")
+IDENTITIES = (("a", "b", "judge"), ("system", "update", "best_of"), ("length",))
 INTERVALS = (("mean", "low", "high"), ("win_rate", "low", "high"), ("kl", "kl_low", "kl_high"))
 
 
@@ -46,8 +47,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def combined(values: Sequence[Any]) -> Any:
     """The mean of reports of the same form over seeds; intervals become the lowest and the highest seed.
 
-    Entries of a list that have a `length` are those of the lengths that all have, others are joined by their
-    places in the shortest; what is missing in one is missing.
+    Entries of a list that say what they are of (IDENTITIES) are those that all have, others are joined by
+    their places in the shortest; what is missing in one is missing.
     """
     first = values[0]
     if len(values) == 1 or any(value is None for value in values):
@@ -59,14 +60,20 @@ def combined(values: Sequence[Any]) -> Any:
                 found |= {low: min(v[mean] for v in values), high: max(v[mean] for v in values)}
         return found
     if isinstance(first, list):
-        if all(isinstance(each, dict) and "length" in each for value in values for each in value):
-            by_length = [{each["length"]: each for each in value} for value in values]
-            shared = [length for length in by_length[0] if all(length in found for found in by_length)]
-            values = [[found[length] for length in shared] for found in by_length]
+        by_identity = [{_identity(each): each for each in value} for value in values]
+        if not any(None in found for found in by_identity):
+            shared = [name for name in by_identity[0] if all(name in found for found in by_identity)]
+            values = [[found[name] for name in shared] for found in by_identity]
         return [combined(each) for each in zip(*values, strict=False)]
     if isinstance(first, int | float) and any(value != first for value in values):
         return sum(values) / len(values)
     return first
+
+
+def _identity(entry: Any) -> tuple[Any, ...] | None:
+    """What an entry of a list is of; None where it does not say."""
+    known = (names for names in IDENTITIES if isinstance(entry, dict) and entry.keys() >= set(names))
+    return next((tuple(entry[name] for name in names) for names in known), None)
 
 
 def comparison_table(report: dict[str, Any]) -> list[list[str]]:

@@ -25,7 +25,8 @@ def curves(
     report: Mapping[str, Any], all_scored: Sequence[Scored], *, num_bootstrap: int, seed: int
 ) -> dict[str, Any]:
     """The curve of every family of systems, by its name: what each point gains over the baseline, and a fit
-    to gold where the baseline samples the policy that KL is measured to, and there are points enough.
+    to gold where the baseline samples the policy that KL is measured to, and there are points enough. Two
+    numbers of samples make no curve of best-of-n.
     """
     options = {"num_bootstrap": num_bootstrap, "seed": seed}
     [base] = [each for each in all_scored if each.system.name == report["baseline"]]
@@ -35,8 +36,10 @@ def curves(
     found = {}
     for name in names:
         members = [each for each in all_scored if each.system.curve == name]
-        points = [_point(each, members[-1], base, entries[each.system.name], **options) for each in members]
         form = "best_of_n" if members[0].system.update is None else "rl"
+        if form == "best_of_n" and len(members) < LEAST_POINTS:
+            continue
+        points = [_point(each, members[-1], base, entries[each.system.name], **options) for each in members]
         known = base.gold is not None and all(point["kl"] is not None for point in points)
         fitted = fit(*_gains_and_kls(members, base, points), form, **options) if from_zero and known else None
         found[name] = {"form": form, "points": points, "fit": fitted}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,16 @@ class Store:
             text = json.dumps(dump(compute()), ensure_ascii=False)
             _write(path, text)
         return load(json.loads(text))
+
+
+def store_in(folder: str) -> Store:
+    """The store in a folder, which need not be there yet; ValueError where nothing can be written."""
+    path = Path(folder)
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "cannot be written to" if there.is_dir() else "is a file"
+        raise ValueError(f"store={folder}: {there} {what}; name another folder")
+    return Store(path)
 
 
 def digest(content: Any) -> str:

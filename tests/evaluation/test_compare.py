@@ -45,6 +45,18 @@ def test_swapped_order_gives_the_complement() -> None:
     assert theirs["low"] == pytest.approx(1 - ours["high"])
 
 
+def test_the_win_rate_at_equal_length_goes_by_characters() -> None:
+    def system(name: str, lengths: list[int]) -> Scored:
+        rows = [Generation("p", "x" * length, [1, 2], ended=True, logprob=-1.0) for length in lengths]
+        golds = [float(length) for length in lengths]
+        return Scored(System(name, name, Decoding(8)), rows, None, golds, None)
+
+    longer = [5, 6, 7, 8, 7, 8] * 10  # the judge goes by length alone
+    (rate,) = compare([system("a", longer), system("b", [6] * 60)], "b", **OPTIONS)["win_rates"]
+    assert rate["win_rate"] == 0.75
+    assert rate["length_controlled"]["mean"] == pytest.approx(0.5, abs=0.1)
+
+
 def test_only_judges_that_there_are_are_asked() -> None:
     both = [scored(name, [1.0] * 4, proxy=[2.0] * 4) for name in "ab"]
     assert [rate["judge"] for rate in compare(both, "a", **OPTIONS)["win_rates"]] == ["gold", "proxy"]

@@ -89,6 +89,14 @@ def test_numbers_are_means_and_intervals_the_lowest_and_highest_seed() -> None:
     assert (near["mean"], near["low"], near["high"]) == pytest.approx((0.15, 0.05, 0.3))
 
 
+def test_a_judge_that_one_seed_lacks_is_nobodys_else() -> None:
+    one, two = report_of(0.5), report_of(1.0)
+    assert [each["judge"] for each in one["differences"]] == ["gold", "proxy", "rouge_l"]
+    del one["differences"][0]
+    found = {each["judge"]: each["mean"] for each in combined([one, two])["differences"]}
+    assert found == pytest.approx({"proxy": 0.75, "rouge_l": 0.075})
+
+
 def test_lengths_are_those_that_all_seeds_have(tmp_path: Path) -> None:
     seeds = {}
     for seed, horizon in ((1, 4), (2, 2)):

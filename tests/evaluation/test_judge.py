@@ -20,6 +20,7 @@ from rlhf.config import load_config
 from rlhf.evaluation.judge import Answer, LanguageModelJudge, fill, joined, read_template, total
 from rlhf.metrics import progress
 from rlhf.sources import smollm2_folder
+from tests.stage_runs import SMALL, read_json, run_stage
 
 TINY = ["model=tiny", "data=toy"]
 Reply = Callable[[str], tuple[int, str]]
@@ -220,6 +221,27 @@ def test_the_rate_is_kept(server: Server, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("rlhf.evaluation.judge.time.monotonic", lambda: 100.0)
     judged(judge_of(server, tmp_path, "judge.requests_per_minute=30", "judge.concurrency=1"))
     assert [each for each in waited if each != 0.0] == [2.0, 4.0, 6.0, 8.0, 10.0]
+
+
+@pytest.mark.slow
+def test_several_processes_ask_once_and_report_the_same(
+    tiny_run: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    server.reply = longer
+    words = [*SMALL["evaluate"], "oracle=null", "prefix_lengths=null", "force=true", "num_prompts=6"]
+    words += ["judge=openai", "judge.model=m", f"judge.base_url={server.url}"]
+    words += [f"systems={{sft: '{tiny_run}/sft/model', ppo: '{tiny_run}/ppo/model'}}"]
+    reports, asked = [], []
+    for number, own in enumerate(([], ["engine=ddp", "num_processes=2"])):
+        result = run_stage("evaluate", *words, *own, f"runs={tmp_path / str(number)}", "name=x")
+        assert result.status == 0, result.output
+        reports.append(read_json(tmp_path / str(number) / "x" / "evaluate" / "report.json"))
+        asked.append(sorted(server.questions))
+        server.questions.clear()
+    assert asked[0] == asked[1] and len(set(asked[0])) == len(asked[0]) > 0
+    assert reports[0]["judge"] == reports[1]["judge"] and reports[0]["judge"]["pairs"] > 0
+    assert reports[0]["win_rates"] == reports[1]["win_rates"]
 
 
 def test_texts_with_braces_stay_as_they_are() -> None:

@@ -154,6 +154,7 @@ def test_best_of_n_is_a_curve_at_its_known_kl() -> None:
     ]
     [curve] = report_of(sft, *best)["overoptimization"].values()
     assert curve["form"] == "best_of_n" and curve["fit"] is not None
+    assert report_of(sft, *best[:2])["overoptimization"] == {}
     # Gao et al.: log n - (n - 1) / n
     assert [point["kl"] for point in curve["points"]] == pytest.approx(
         [0.193147, 0.636294, 1.204442], abs=1e-6

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.evaluation.store import Store, digest, model_id, scorer_id
+from rlhf.evaluation.store import Store, digest, model_id, scorer_id, store_in
 from rlhf.sources import tiny_folder
 
 
@@ -28,6 +28,14 @@ def test_what_follows_from_the_same_facts_is_made_once(tmp_path: Path) -> None:
     damaged.write_text('["cut sh', encoding="utf-8")
     assert store.kept("others", {"seed": 1, "a": [1]}, make) == ["é\u2028", "\n"] and len(made) == 4
     assert json.loads(damaged.read_text(encoding="utf-8")) == ["é\u2028", "\n"]
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"store=.*/file/s: .*/file is a file; name another folder"):
+        store_in(str(tmp_path / "file" / "s"))
+    assert store_in(str(tmp_path / "not" / "yet")).folder == tmp_path / "not" / "yet"
+    assert not (tmp_path / "not").exists()
 
 
 def test_nothing_is_kept_of_what_failed(tmp_path: Path) -> None:
