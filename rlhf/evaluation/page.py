@@ -87,6 +87,7 @@ def write_page(
         seeds=seeds,
         bands=BANDS if len(report.get("seeds", ())) > 1 else "Intervals are 95% (bootstrap over prompts).",
         origins=_origins(stages),
+        settings=dict(_settings(stages)),
     )
     write_text(path, page)
 
@@ -169,6 +170,18 @@ def _samples(baseline: str, main: Scored, scored: Sequence[Scored]) -> Iterator[
                 for each in scored
             ],
         }
+
+
+def _settings(stages: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """The settings of every stage, as it wrote them down, with the versions of the libraries it used."""
+    for folder, record in stages.items():
+        file = Path(folder) / "config.yaml"
+        if file.exists():
+            versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+            yield (
+                f"{Path(folder).parent.name}/{record['stage']}",
+                (f"# {versions}\n{file.read_text(encoding='utf-8')}"),
+            )
 
 
 def _origins(stages: Mapping[str, dict[str, Any]]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -45,12 +46,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     stage = folder / "run</script>" / "ppo"
     stage.mkdir(parents=True)
+    (stage / "config.yaml").write_text("name: <script>alert(2)</script>\nseed: 7\n")
     lines = [{"step": i, "score": i / 2, "kl": i / 10, "length": 20.0} for i in range(5)]
     (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = {
         "stage": "ppo",
         "parents": [{"key": "policy", "path": "<img src=x>"}],
         "checks": [{"name": "<b>score rose", "passed": False}],
+        "versions": {"torch": "2.1.7"},
         "seconds": 90,
     }
     systems = scored_systems()
@@ -97,6 +100,7 @@ def test_the_page_says_what_the_report_says(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for part in ("ppo is WORSE than sft", "Who beats whom", "Is the reward hacked?", "Where it comes from"):
         assert part in text
+    assert "Settings of script&gt;/ppo" in text and "# torch 2.1.7" in text and "seed: 7" in text
     assert text.count("<svg") >= 6 and "&lt;b&gt;score rose" in text and "it is long" in text
 
 
@@ -185,4 +189,20 @@ def test_it_fits_a_phone_and_is_dark_where_the_reader_wants_it(page: Path, brows
     assert ink < 200 < 700 < paper and dark_ink > 600 > 150 > dark_paper
     text = browser.execute_script("return getComputedStyle(document.querySelector('svg text')).fill")
     assert sum(map(int, re.findall(r"\d+", text)[:3])) == dark_ink, "plots have the page's ink"
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.slow
+def test_printed_it_is_whole_and_dark_on_white(page: Path, browser: Any) -> None:
+    paper = {"width": 1032, "height": 702, "deviceScaleFactor": 1, "mobile": False}  # A4 less margins, pixels
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", paper)
+    dark = {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    browser.get(page.as_uri())
+    style = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+    assert browser.execute_script(style) == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= paper["width"]
+    assert not browser.find_element("css selector", ".controls").is_displayed()
+    assert len(base64.b64decode(browser.print_page())) > 20_000
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
