@@ -47,7 +47,7 @@ GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward", "exposure"
 SMALL_WEIGHTS = 40e6  # bytes of safetensors below which a local folder gets configs/model/small.yaml
 EXPECTED: dict[Any, str] = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "a text"},
-    **{list[int]: "a list of whole numbers", list[str]: "a list of texts"},
+    **{list[int]: "a list of whole numbers", list[float]: "a list of numbers", list[str]: "a list of texts"},
 }
 
 

@@ -15,6 +15,7 @@ from rlhf.discriminator_settings import is_adversarial, settings_in
 from rlhf.pass_sizes import SMALL_MODEL, pass_sizes, processor_has_bf16
 from rlhf.settings import WEIGHTS, PPOConfig, StageConfig, zero_stage
 from rlhf.sources import EMBEDDED, RANDOM_1B, embedded_place
+from rlhf.specs import system_names
 
 LEAN = ("llama", "mistral", "qwen2", "qwen3")  # whose layers hold what rlhf.models.llama does
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
@@ -168,7 +169,7 @@ def tokens_to_process(stage: str, config: Any) -> float | None:
     if stage == "evaluate":
         # by policy and oracle after own and gold tokens, then by the oracle for perplexity
         each = 5 * (config.oracle is not None) + 3 * len(config.prefix_lengths or ())
-        passes += each * len(config.systems)
+        passes += each * len(system_names(config.systems))
     return config.num_prompts * passes * (prompt + response)
 
 

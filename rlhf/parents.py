@@ -39,7 +39,7 @@ def inputs_of(config: Any) -> list[tuple[str, str, str]]:
     for name, system in getattr(config, "systems", {}).items():
         spec = {"path": system} if isinstance(system, str) else system  # no path: saved responses
         key, run = f"systems.{name}", spec.get("checkpoints")
-        paths = kept_policies(f"{key}.checkpoints", run).values() if run else [spec.get("path")]
+        paths = kept_policies(f"{key}.checkpoints", run)[1].values() if run else [spec.get("path")]
         found += [(key, path and str(path), "policy") for path in paths]
     if getattr(config, "oracle", None) != config.model.path:  # the base can be done without
         found.append(("oracle", getattr(config, "oracle", None), "policy"))
@@ -137,8 +137,9 @@ def _product(record: dict[str, Any], name: str) -> dict[str, Any]:
     return record.get("products", {}).get(name, own)
 
 
-def kept_policies(key: str, run: str) -> dict[int, Path]:
-    """The policies in the folder of a finished PPO run, by update: those of `keep_every`, and its model.
+def kept_policies(key: str, run: str) -> tuple[str, dict[int, Path]]:
+    """The policy that a finished PPO run, by its folder, began with, and those that lie there, by update:
+    those of `keep_every`, and its model.
 
     Raises ValueError, naming the key, where there are none.
     """
@@ -147,10 +148,11 @@ def kept_policies(key: str, run: str) -> dict[int, Path]:
     if record is None or record["stage"] != "ppo":
         raise ValueError(f"{key}={run}: no finished run of stage=ppo lies there; name one's folder")
     names = [name for name in record.get("products", {}) if name.startswith(KEPT)]
+    names = [name for name in names if (folder / name).exists()]
     if not names:
-        raise ValueError(f"{key}={run}: that run kept no checkpoints; run it again with keep_every=<updates>")
+        raise ValueError(f"{key}={run}: that run has no checkpoints; run it again with keep_every=<updates>")
     kept = {int(name.removeprefix(KEPT)): folder / name for name in names}
-    return dict(sorted({**kept, record["update"]: folder / "model"}.items()))
+    return record["parents"][0]["path"], dict(sorted({**kept, record["update"]: folder / "model"}.items()))
 
 
 def replaced_parent(record: dict[str, Any]) -> str | None:
@@ -194,12 +196,16 @@ def lineage_by_folder(parents: Sequence[Parent]) -> dict[str, dict[str, Any]]:
 
 def seen_in_training(parents: Sequence[Parent], keys: AbstractSet[str]) -> list[dict[str, Any]]:
     """Which of some prompts (`prompt_keys`) the stages that the parents stand on have trained on, a row for
-    each of their data keys: `stage`, `key` and `shared`, which is None of a stage that did not write it down.
+    each of their data keys: `stage`, `key` and `shared`, which is None of a stage that did not write it down
+    or is gone.
     """
-    found = []
-    for folder, record in lineage_by_folder(parents).items():
-        if record["kind"] == "report":
-            continue
+    stages = lineage_by_folder(parents)
+    places = {each["path"] for record in stages.values() for each in record["parents"]}
+    lost = sorted({Path(each).parent for each in places if not Path(each).exists()})
+    found: list[dict[str, Any]] = [
+        {"stage": str(folder), "key": "", "shared": None} for folder in lost if folder.name in STAGES
+    ]
+    for folder in stages:
         file = Path(folder) / TRAINED_ON_FILE
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"": None}
         found += [

@@ -141,7 +141,12 @@ class PPORun:
                 log.write(step, metrics, seconds)
                 bar.update(config.batch_size)
                 bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("score", "kl", "length")})
-                if keep and config.keep_every and step % config.keep_every == 0 and step < config.updates:
+                last = step == config.updates
+                if (
+                    keep
+                    and config.keep_every
+                    and ((step % config.keep_every == 0 and not last) or (last and config.eval_every))
+                ):
                     keep(step)
                 stop = any(self.engine.processes.all_of(bool(interrupted)))
                 if stop or (step % config.save_every == 0 and step < config.updates):

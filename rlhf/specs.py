@@ -91,6 +91,8 @@ def check_systems(systems: dict[str, Any], baseline: str | None, decoding: Decod
         _check_keys(f"{key}.decoding", own, {field.name for field in fields(Decoding)} - {"max_new_tokens"})
         system_decoding(name, own, decoding)
     names = system_names(systems)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"systems: two would be called {twice[0]}; give one of them another name")
     if baseline is not None and baseline not in names:
         raise ValueError(f"baseline={baseline}: not one of the systems {', '.join(names)}")
 

@@ -246,6 +246,10 @@ def _check_ppo(config: PPOConfig) -> None:
             f"minibatches={config.minibatches} of batch_size={config.batch_size} episodes: "
             "give every minibatch at least one episode"
         )
+    if config.keep_every is not None and config.keep_every >= config.updates:
+        raise ValueError(
+            f"keep_every={config.keep_every} of updates={config.updates} keeps nothing on the way: give fewer"
+        )
     if config.algo == "rloo" and config.rollouts_per_prompt < 2:
         raise ValueError(
             f"rollouts_per_prompt={config.rollouts_per_prompt}: algo=rloo compares a prompt's samples "

@@ -52,7 +52,7 @@ def main(overrides: list[str]) -> int:
         if not system.is_saved:
             load_codec(system.path, config)
     seed_everything(config.seed)
-    baseline = config.baseline or ("sft" if "sft" in config.systems else systems[0].name)
+    baseline = config.baseline or ("sft" if any(s.name == "sft" for s in systems) else systems[0].name)
     paths = {system.name: system.path for system in systems if not system.is_saved}
     named = config.reference or paths.get(baseline)
     reference = None if named is None else resolved(named, config.model)

@@ -37,7 +37,7 @@ INSTEAD = {
 }
 METHOD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 GIVEN = ("name", "runs", "seed", "policy", "overwrite", "resume")  # what the comparison sets, or all have
-NUM_KEPT = 5  # policies of a run with one of kl_coefs, the last one among them
+NUM_KEPT = 5  # policies at most of a run with one of kl_coefs, the last one among them
 Words = dict[str, list[str]]
 
 
@@ -109,43 +109,39 @@ def _steps(program: str, comparison: ComparisonConfig, words: Words, seed: int, 
         systems["best_of"] = {"path": systems["sft"], "best_of": comparison.best_of}
     for decoding in comparison.decodings:
         systems[f"sft_{decoding}"] = {"path": systems["sft"], "decoding": decoding_changes(decoding)}
-    for method, text in comparison.methods.items():
+    swept = {f"kl_{coef}": f"stage=ppo kl.coef={coef}" for coef in comparison.kl_coefs}
+    for method, text in {**comparison.methods, **swept}.items():
         if text is None:
             continue
         place = [f"name={name}/{method}", f"seed={seed}"]
         step = _method(method, text, words, place, sft, rm if has_reward_model else None)
-        yield step
-        systems[method] = str(step.folder / "model")
-    for coef in comparison.kl_coefs:
-        method, place = f"kl_{coef}", [f"name={name}/kl_{coef}", f"seed={seed}"]
-        step = _method(
-            method, f"stage=ppo kl.coef={coef}", words, place, sft, rm if has_reward_model else None
-        )
-        if step.config.keep_every is None:
-            every = max(1, step.config.updates // NUM_KEPT)
+        if method in swept and step.config.keep_every is None:
+            every = -(-step.config.updates // NUM_KEPT)
             step = _step(step.label, "ppo", [*step.words, f"keep_every={every}"])
         yield step
-        systems[method] = {"checkpoints": str(step.folder)}
-    measures, own_name = [f"oracle={sft.config.model.path}", "prefix_lengths=[4, 16]"], name
-    if program != "exposure":
-        measures, own_name = [], f"{name}/{program}"
-    chosen = [
-        f"name={own_name}",
-        f"seed={seed}",
-        f"systems={json.dumps(systems)}",
-        "baseline=sft",
-        "force=true",
-    ]
-    step = _step("evaluate", "evaluate", [*measures, *words["evaluate"], *chosen])
-    gold, proxy = step.config.gold, step.config.proxy or {}
-    no_proxy = not has_reward_model and proxy.get("path") == str(rm.folder / "model")
+        checkpoints = {"checkpoints": str(step.folder)}
+        systems[method] = checkpoints if method in swept else str(step.folder / "model")
+    own = [f"name={name}", f"seed={seed}", f"systems={json.dumps(systems)}", "baseline=sft", "force=true"]
+    yield _evaluation(program, [*words["evaluate"], *own], None if has_reward_model else rm)
+
+
+def _evaluation(program: str, words: list[str], lacking: Step | None) -> Step:
+    """The comparison of all systems; `lacking` is the reward model that nothing trains."""
+    step = _step("evaluate", "evaluate", words)
+    config, proxy, gold = step.config, step.config.proxy or {}, step.config.gold
+    no_proxy = lacking is not None and proxy.get("path") == str(lacking.folder / "model")
     no_gold = gold is None or (gold["kind"] == "classifier" and gold.get("train") is None)
     if no_proxy and no_gold:
         raise ValueError(
-            f"evaluate: data={data.name} has nothing to train a reward model or gold scorer on: give one to "
-            "judge by, for instance gold='{kind: rouge_l}'"
+            f"evaluate: data={config.data.name} has nothing to train a reward model or gold scorer on: give "
+            "one to judge by, for instance gold='{kind: rouge_l}'"
         )
-    yield step
+    if program == "exposure":
+        measures = [f"oracle={config.model.path}", "prefix_lengths=[4, 16]"]
+        return _step("evaluate", "evaluate", [*measures, *words])
+    # beside the chain's own evaluation, with the scorers of the run
+    scorers = [f"{key}={json.dumps(getattr(config, key))}" for key in ("proxy", "gold")]
+    return _step("evaluate", "evaluate", [*words, *scorers, f"name={config.name}/{program}"])
 
 
 def _method(  # noqa: PLR0913 (a method, the words of all stages, and what it stands on)

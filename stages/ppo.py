@@ -16,6 +16,7 @@ from rlhf.files import hash_path
 from rlhf.models.adapters import uses_lora
 from rlhf.models.loading import load_codec, num_parameters
 from rlhf.models.roles import build_roles
+from rlhf.models.sharded import give_back
 from rlhf.parents import KEPT, Parent
 from rlhf.ppo_run import PPORun
 from rlhf.rewards import build_reward
@@ -56,6 +57,7 @@ def main(overrides: list[str]) -> None:
     def write(update: int, name: str) -> None:
         model = policy_of(config, run)
         write_model(folder, model, codec.tokenizer, card("PPO policy", run, parents, update), name=name)
+        give_back(model, run.models.policy)
 
     checks = run.train(stage.state, keep=lambda update: write(update, f"{KEPT}{update}"))
     stage.report_cut_prompts(codec)

@@ -79,5 +79,5 @@ def run(overrides: list[str]) -> int:
                     stages[str(place)] = json.loads((place / "stage.json").read_text(encoding="utf-8"))
         report = write_seeds_report(folder, reports, failed, stages, shlex.join(command))
         print_table(seeds_table(report))
-        print(f"{report['verdict']}\nreport: {folder / 'report.html'}")
+        print(*filter(None, [report["verdict"], f"report: {folder / 'report.html'}"]), sep="\n")
     return first

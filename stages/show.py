@@ -52,6 +52,8 @@ def paths_in(name: str, value: Any) -> list[tuple[str, str]]:
         return [found for i, part in enumerate(value) for found in paths_in(f"{name}[{i}]", part)]
     if not isinstance(value, dict):
         return []
+    if isinstance(value.get("checkpoints"), str):
+        return [(f"{name}.checkpoints", str(Path(value["checkpoints"]) / "model"))]
     if "kind" in value:
         kept = {key: value.get(key) for key in ("path", "train", "function", "parts")}
     else:

@@ -276,16 +276,16 @@ def test_policies_kept_on_the_way_change_nothing_and_make_a_curve(tiny_run: Path
     assert all(hash_path(run / "ppo" / name) == product["sha256"] for name, product in products.items())
 
     systems = f"systems={{sft: '{run}/sft/model', ppo: {{checkpoints: '{run}/ppo'}}, "
-    systems += f"best: {{path: '{run}/sft/model', best_of: [2, 3, 4]}}}}"
+    systems += f"best: {{path: '{run}/sft/model', best_of: [1, 2, 4, 3]}}}}"
     measured = run_stage("evaluate", *SMALL["evaluate"], *words, systems, "oracle=null", "gate=kl(ppo)<99")
     assert measured.status == 0, measured.output
     report = read_json(run / "evaluate" / "report.json")
-    assert list(report["systems"]) == ["sft", "ppo_2", "ppo_4", "ppo", "best_2", "best_3", "best_4"]
+    assert list(report["systems"]) == ["sft", "ppo_2", "ppo_4", "ppo", "best_1", "best_2", "best_3", "best_4"]
     curves = report["overoptimization"]
     assert [point["update"] for point in curves["ppo"]["points"]] == [2, 4, 6]
     proxies = [point["proxy"]["mean"] for point in curves["best"]["points"]]
     assert proxies == sorted(proxies), "of one pool, the best of more is never worse"
-    assert curves["best"]["fit"] is not None
+    assert curves["best"]["fit"] is not None and curves["ppo"]["fit"] is not None
     parents = {parent["path"] for parent in read_json(run / "evaluate" / "stage.json")["parents"]}
     assert {f"{run}/ppo/update_2", f"{run}/ppo/update_4", f"{run}/ppo/model"} <= parents
     for file in ("report.md", "report.html"):
@@ -295,7 +295,7 @@ def test_policies_kept_on_the_way_change_nothing_and_make_a_curve(tiny_run: Path
     other = f"systems={{sft: '{run}/sft/model', ppo: {{checkpoints: '{tiny_run}/ppo'}}}}"
     none_kept = run_stage("evaluate", *SMALL["evaluate"], *words, other, "overwrite=true")
     assert "systems.ppo.checkpoints=" in none_kept.error
-    assert none_kept.error.endswith("that run kept no checkpoints; run it again with keep_every=<updates>")
+    assert none_kept.error.endswith("that run has no checkpoints; run it again with keep_every=<updates>")
     no_run = run_stage(
         "evaluate", *SMALL["evaluate"], *words, "systems={a: {checkpoints: /nowhere}}", "overwrite=true"
     )

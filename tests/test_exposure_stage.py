@@ -68,10 +68,11 @@ def test_overoptimization_is_ppo_with_every_coefficient_and_best_of_n(tmp_path: 
     assert [step.label for step in steps] == labels
     *_, first, second, evaluate = steps
     for step, coef in ((first, 0.1), (second, 0.0)):
-        assert (step.config.kl.coef, step.config.keep_every, step.config.updates) == (coef, 2, 12)
+        assert (step.config.kl.coef, step.config.keep_every, step.config.updates) == (coef, 3, 12)
         assert step.folder == tmp_path / "x" / f"kl_{coef}" / "ppo"
         assert step.config.reward == {"kind": "model", "path": f"{tmp_path}/x/rm/model"}
     assert evaluate.folder == folder / "evaluate"
+    assert evaluate.config.proxy == {"kind": "model", "path": f"{tmp_path}/x/rm/model"}
     assert evaluate.config.systems == {
         "sft": f"{tmp_path}/x/sft/model",
         "best_of": {"path": f"{tmp_path}/x/sft/model", "best_of": [2, 4, 8, 16]},
@@ -247,6 +248,9 @@ def test_what_stood_on_a_model_that_was_replaced_since_runs_again(tmp_path: Path
         (["seeds=[1,1]"], "seeds=[1, 1]: give at least one, and each once"),
         (["seeds=[a]"], "seeds"),
         (["kl_coefs=[0.1,0.1]"], "kl_coefs=[0.1, 0.1]: give each once"),
+        (["kl_coefs=0.1"], "kl_coefs=0.1: a list of numbers is expected"),
+        (["ppo.keep_every=3", "ppo.updates=3"], "keep_every=3 of updates=3 keeps nothing on the way"),
+        (["best_of=[4]", "methods.best_of_4=stage=ppo"], "systems: two would be called best_of_4"),
         (["kl_coefs=[-1]"], "methods.kl_-1.0: kl.coef=-1.0: a number that is not negative is expected"),
         (["best_of=[2,2]"], "systems.best_of.best_of=[2, 2]: a number of samples is expected, or a list"),
         (["methods.best_of=stage=ppo"], "methods.best_of: a name of its own is expected"),
@@ -279,7 +283,7 @@ def test_overoptimization_runs_goes_on_and_reports(tmp_path: Path) -> None:
         "name=x",
         "force=true",
         "kl_coefs=[0.5,0]",
-        "best_of=[2,3,4]",
+        "best_of=[1,2,4]",
     ]
     words += [f"{stage}.{word}" for stage, own in OWN.items() for word in own]
     command = [sys.executable, str(ENTRY_POINT), "stage=overoptimization", "model=tiny", "data=toy", *words]
@@ -288,7 +292,8 @@ def test_overoptimization_runs_goes_on_and_reports(tmp_path: Path) -> None:
     report = read_json(tmp_path / "x" / "overoptimization" / "report.json")
     curves = report["overoptimization"]
     assert list(curves) == ["best_of", "kl_0.5", "kl_0.0"]
-    assert [point["update"] for point in curves["kl_0.0"]["points"]] == [1, 2, 3, 4, 5, 6]
+    assert [point["update"] for point in curves["kl_0.0"]["points"]] == [2, 4, 6]
+    assert all(point["proxy"] is not None for curve in curves.values() for point in curve["points"])
     text = (tmp_path / "x" / "overoptimization" / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# Over-optimisation: x") and "| kl_0.0 | to" in text.replace("\\", "")
 

@@ -83,7 +83,7 @@ def test_training_has_the_numbers_of_one_process(
 @pytest.mark.parametrize(
     ("count", "settings"),
     [
-        (2, ["adapter=lora", "adapter.r=4"]),
+        (2, ["adapter=lora", "adapter.r=4", "keep_every=2"]),
         (2, ["adapter=qlora", "adapter.r=4"]),
         (3, ["batch_size=2", "minibatches=1"]),  # one process has nothing to compute
     ],
@@ -105,6 +105,8 @@ def test_every_kind_of_run_has_the_numbers_of_one_process(
     assert result.status == 0, result.output
     ours, theirs = (read_lines(run / "ppo" / "metrics.jsonl") for run in (several, alone))
     assert all(close(mine, other) for mine, other in zip(ours, theirs, strict=True)), (ours, theirs)
+    for run in (alone, several):
+        assert (run / "ppo" / "update_2" / "model.safetensors").exists() == ("keep_every=2" in settings)
     assert (tmp_path / "asked").read_text() == "x" * 6, "a reward function is asked once an update"
 
 

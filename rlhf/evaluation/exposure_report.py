@@ -54,10 +54,13 @@ def combined(values: Sequence[Any]) -> Any:
     if len(values) == 1 or any(value is None for value in values):
         return first if len(values) == 1 else None
     if isinstance(first, dict):
-        found = {key: combined([value[key] for value in values]) for key in first}
+        shared = [key for key in first if all(key in value for value in values)]
+        found = {key: combined([value[key] for value in values]) for key in shared}
         for mean, low, high in INTERVALS:
-            if found.keys() >= {mean, low, high} and found[mean] is not None:
-                found |= {low: min(v[mean] for v in values), high: max(v[mean] for v in values)}
+            if found.keys() >= {mean, low, high}:
+                means = [value[mean] for value in values if value[mean] is not None]
+                whole = len(means) == len(values)  # a mean that is None has no end
+                found |= {low: min(means, default=None), high: max(means) if whole else None}
         return found
     if isinstance(first, list):
         by_identity = [{_identity(each): each for each in value} for value in values]
@@ -135,6 +138,7 @@ def write_comparison(
         "notes": list(dict.fromkeys(note for each in reports for note in each["notes"])),
         "gates": [gate for each in reports for gate in each["gates"]],
         "warnings": warnings_of(by_seed),
+        "seen_prompts": max(each["seen_prompts"] for each in reports),
         "name": f"{TITLES[folder.name]}: {name}",
         "seeds": list(seeds),
         "failed_checks": all_failed_checks(trained, folder.parent),

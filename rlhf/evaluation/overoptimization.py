@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from rlhf.evaluation.compare import Scored
 from rlhf.evaluation.statistics import Estimate, Floats, bootstrap_of_means, paired_difference
+from rlhf.evaluation.systems import System
 
 LEAST_POINTS = 3  # of a fit with two numbers
 FORMS = {"best_of_n": "d (alpha - beta d)", "rl": "d (alpha - beta log d)"}
@@ -30,8 +32,7 @@ def curves(
     """
     options = {"num_bootstrap": num_bootstrap, "seed": seed}
     [base] = [each for each in all_scored if each.system.name == report["baseline"]]
-    own, entries = base.system, report["systems"]
-    from_zero = own.path == report["reference"] and own.best_of == 1 and not own.decoding.changes_distribution
+    entries = report["systems"]
     names = dict.fromkeys(each.system.curve for each in all_scored if each.system.curve is not None)
     found = {}
     for name in names:
@@ -41,9 +42,21 @@ def curves(
             continue
         points = [_point(each, members[-1], base, entries[each.system.name], **options) for each in members]
         known = base.gold is not None and all(point["kl"] is not None for point in points)
-        fitted = fit(*_gains_and_kls(members, base, points), form, **options) if from_zero and known else None
+        begins = _begins_at(members[0].system, base.system, report["reference"])
+        fitted = fit(*_gains_and_kls(members, base, points), form, **options) if begins and known else None
         found[name] = {"form": form, "points": points, "fit": fitted}
     return found
+
+
+def _begins_at(system: System, base: System, reference: str | None) -> bool:
+    """Whether a curve begins at the baseline, with a KL of 0: it comes from the reference, whose plain
+    samples are the baseline's.
+    """
+    if reference is None or system.origin is None:
+        return False
+    start, own, other = (Path(path).absolute() for path in (reference, base.path, system.origin))
+    plain = base.best_of == 1 and not base.decoding.changes_distribution
+    return start == own == other and plain and base.decoding == system.decoding
 
 
 def _gains_and_kls(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,15 @@ def _plots(report: dict[str, Any], scored: Sequence[Scored], judges: Sequence[st
         yield _svg(plots.plot_excess_error(report), "excess")
 
 
+def _names(folders: Iterable[str]) -> dict[str, str]:
+    """What the folders of stages are called: their paths from the folder that holds all."""
+    paths = list(folders)
+    root = Path(os.path.commonpath([Path(path).parent for path in paths])).parent if paths else Path()
+    return {path: str(Path(path).relative_to(root)) for path in paths}
+
+
 def _curves(stages: Mapping[str, dict[str, Any]]) -> Iterator[Markup]:
+    names = _names(stages)
     for folder, record in stages.items():
         file = Path(folder) / "metrics.jsonl"
         if record["stage"] not in CURVES or not file.exists():
@@ -129,8 +138,7 @@ def _curves(stages: Mapping[str, dict[str, Any]]) -> Iterator[Markup]:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         keys = [key for key in CURVES[record["stage"]] if sum(key in row for row in rows) > 1]
         if keys:
-            name = f"{Path(folder).parent.name}/{record['stage']}"
-            yield _svg(plots.plot_curves(name, rows, keys), folder)
+            yield _svg(plots.plot_curves(names[folder], rows, keys), folder)
 
 
 def _svg(figure: Any, name: str) -> Markup:
@@ -174,23 +182,21 @@ def _samples(baseline: str, main: Scored, scored: Sequence[Scored]) -> Iterator[
 
 def _settings(stages: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """The settings of every stage, as it wrote them down, with the versions of the libraries it used."""
-    for folder, record in stages.items():
-        file = Path(folder) / "config.yaml"
+    for folder, name in _names(stages).items():
+        file, versions = Path(folder) / "config.yaml", stages[folder].get("versions", {})
         if file.exists():
-            versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
-            yield (
-                f"{Path(folder).parent.name}/{record['stage']}",
-                (f"# {versions}\n{file.read_text(encoding='utf-8')}"),
-            )
+            used = ", ".join(f"{library} {version}" for library, version in versions.items())
+            yield name, f"# {used}\n{file.read_text(encoding='utf-8')}"
 
 
 def _origins(stages: Mapping[str, dict[str, Any]]) -> list[list[str]]:
     rows = [["stage", "from", "data", "weights (sha256)", "failed checks", "minutes"]]
-    for folder, record in stages.items():
+    for folder, name in _names(stages).items():
+        record = stages[folder]
         data = record.get("data", {})
         rows.append(
             [
-                f"{Path(folder).parent.name}/{record['stage']}",
+                name,
                 ", ".join(f"{each['key']}={each['path']}" for each in record.get("parents", [])),
                 ", ".join(f"{key}: {each['records']} of {each['source']}" for key, each in data.items()),
                 str(record.get("model_sha256", ""))[:12],

@@ -77,9 +77,16 @@ def sample_all(
     """The responses of every system; those of some are given."""
     records = evaluation.records
     bar = progress(len(systems) * len(records), unit="response", description="evaluate")
-    generations = {}
+    generations, pools = {}, {}
     for number, system in enumerate(systems, start=1):
-        generations[system] = given[system] if system in given else _sampled(evaluation, system, bar)
+        if system in given:
+            generations[system] = given[system]
+        else:
+            pool = (system.path, system.decoding, system.draws)
+            if pool not in pools:
+                rows = _sampled(evaluation, system, bar)
+                pools[pool] = rows, _scores(evaluation, "proxy", rows) if system.draws > 1 else None
+            generations[system] = choose(system, *pools[pool])
         bar.update(number * len(records) - bar.n)
     bar.close()
     _load_policy.cache_clear()
@@ -98,18 +105,13 @@ def _sampled(evaluation: Evaluation, system: System, bar: Any) -> list[Generatio
         "prompts": digest([record.prompt for record in evaluation.records]),
         "draws": [config.seed, config.batch_size, system.draws],
     }
-    rows = evaluation.store.kept(
+    return evaluation.store.kept(
         "generations",
         facts,
         sample,
         dump=lambda rows: [asdict(row) for row in rows],
         load=lambda rows: [Generation(**row) for row in rows],
     )
-    if system.best_of == 1:
-        return rows
-    scores = _scores(evaluation, "proxy", rows)
-    assert scores is not None, system
-    return choose(system, rows, scores)
 
 
 def score_all(evaluation: Evaluation, generations: Mapping[System, list[Generation]]) -> list[Scored]:

@@ -41,7 +41,7 @@ def plot_scores(report: dict[str, Any]) -> Any:
         axis.errorbar(means, range(len(names)), xerr=errors, fmt="o", color="tab:blue", capsize=3)
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
-        axis.set_title(f"{judge} score, 95% interval")
+        axis.set_title(f"{judge} score, {_bands(report)}")
         axis.grid(axis="x", alpha=0.3)
     return figure
 

@@ -47,8 +47,8 @@ PREFERENCES = (
 OVEROPTIMIZATION = (
     "Gains are those over the baseline, d is the root of KL in nats per response. A run's gold "
     "is fitted by d (alpha - beta log d), best-of-n's by d (alpha - beta d) (Gao et al. 2022, "
-    "https://arxiv.org/abs/2210.10760); inf: the fit does not turn. Where it turns beyond the largest KL "
-    "seen, nothing was seen of it. What gold prefers was chosen on these prompts, which flatters it."
+    "https://arxiv.org/abs/2210.10760); inf: the fit does not turn. Of a turn outside of the KL seen "
+    "nothing was seen. What gold prefers was chosen on these prompts, which flatters it."
 )
 CURVE_COLUMNS = (
     *("curve", "KL seen", "alpha", "beta", "gold highest at KL", "gains there"),
@@ -172,7 +172,9 @@ def notes_in_words(report: dict[str, Any]) -> list[str]:
 def prompts_in_words(report: dict[str, Any]) -> str:
     """How many prompts there are, and whether they were trained on."""
     number, seen = f"{report['num_prompts']:.0f}", report["seen_prompts"]
-    return f"{number} prompts, {seen:.0f} of them trained on" if seen else f"{number} unseen prompts"
+    known = all(each["shared"] is not None for each in report["overlap"])
+    none = "unseen prompts" if known else "prompts"
+    return f"{number} prompts, {seen} of them trained on" if seen else f"{number} {none}"
 
 
 def kl_in_words(report: dict[str, Any]) -> str:

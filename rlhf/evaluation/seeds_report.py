@@ -62,6 +62,7 @@ def write_seeds_report(
         "by_seed": by_seed,
         "reference": f"the reference of each seed, as {report['reference']}",
         "warnings": warnings_of(reports),
+        "seen_prompts": max(each["seen_prompts"] for each in reports.values()),
         "notes": list(dict.fromkeys(note for each in reports.values() for note in each["notes"])),
         "failed_checks": [
             f"seed {seed}: {line}" for seed, each in reports.items() for line in each["failed_checks"]
@@ -102,10 +103,11 @@ def _markdown(report: dict[str, Any]) -> str:
     warned = [f"{name}: {line}" for name, lines in report["warnings"].items() for line in lines]
     told = [*warned, *notes_in_words(report)]
     checks = "".join(f"- {escaped(line)}\n" for line in told)
+    verdict = f"**{escaped(report['verdict'])}**\n\n" if report["verdict"] else ""
     spread = BANDS if len(report["seeds"]) > 1 else "One seed; intervals are 95% (bootstrap over prompts)."
     return (
         f"# {escaped(report['name'])}: seeds {', '.join(map(str, report['seeds']))}\n\n"
-        f"**{escaped(report['verdict'] or '')}**\n\n{spread} "
+        f"{verdict}{spread} "
         f"Wins are against `{report['baseline']}`.\n\n"
         f"{table([list(COLUMNS), *table_rows(report)])}\n"
         f"## Every seed: {report['judge_of_seeds']}, less {escaped(report['baseline'])}\n\n"

@@ -34,7 +34,7 @@ class System:
     being the first of `pool`; or, with `is_saved`, a file of responses that came from elsewhere.
 
     One of a family of systems, the checkpoints of a run or best-of-n for several n, has its name in `curve`,
-    and its update in `update`.
+    its update in `update`, and in `origin` the policy that it comes from.
     """
 
     name: str
@@ -45,6 +45,7 @@ class System:
     pool: int | None = None
     curve: str | None = None
     update: int | None = None
+    origin: str | None = None
 
     @property
     def draws(self) -> int:
@@ -67,7 +68,7 @@ class Generation:
 
 def build_systems(specs: dict[str, Any], decoding: Decoding) -> list[System]:
     """Systems from the `systems` key: a path, {path, decoding: {...}, best_of: n, or a list of them},
-    {generations: file}, or {checkpoints: folder of a PPO run}, whose last one has the name alone.
+    {generations: file}, or {checkpoints: folder of a PPO run}, whose model has the name alone.
 
     Raises ValueError for a name that two of them would have.
     """
@@ -77,16 +78,19 @@ def build_systems(specs: dict[str, Any], decoding: Decoding) -> list[System]:
         if "generations" in spec:
             systems.append(System(name, spec["generations"], decoding, is_saved=True))
         elif "checkpoints" in spec:
-            kept = kept_policies(f"systems.{name}.checkpoints", spec["checkpoints"])
+            origin, kept = kept_policies(f"systems.{name}.checkpoints", spec["checkpoints"])
             for update, path in kept.items():
                 own_name = name if path.name == "model" else f"{name}_{update}"
-                systems.append(System(own_name, str(path), decoding, curve=name, update=update))
+                systems.append(
+                    System(own_name, str(path), decoding, curve=name, update=update, origin=origin)
+                )
         else:
             own, best_of = system_decoding(name, spec.get("decoding"), decoding), spec.get("best_of") or 1
             if isinstance(best_of, list):
                 pool = max(best_of)
                 systems += [
-                    System(f"{name}_{n}", spec["path"], own, n, pool=pool, curve=name) for n in best_of
+                    System(f"{name}_{n}", spec["path"], own, n, pool=pool, curve=name, origin=spec["path"])
+                    for n in sorted(best_of)
                 ]
             else:
                 systems.append(System(name, spec["path"], own, best_of))
@@ -126,8 +130,11 @@ def generate(  # noqa: PLR0913 (a system with its policy, what it answers, and h
     return [row for found in by_batches(policy, records, per_batch, sampled, bar) for row in found]
 
 
-def choose(system: System, rows: Sequence[Generation], scores: Sequence[float]) -> list[Generation]:
+def choose(system: System, rows: Sequence[Generation], scores: Sequence[float] | None) -> list[Generation]:
     """Of a system's `draws` responses to each prompt the one of the first `best_of` that has most."""
+    if system.draws == 1:
+        return list(rows)
+    assert scores is not None, system
     starts = range(0, len(rows), system.draws)
     return [rows[max(range(start, start + system.best_of), key=scores.__getitem__)] for start in starts]
 

@@ -91,14 +91,20 @@ def whole_copy(model: Any, engine: Engine) -> Iterator[Any]:
     try:
         yield copied
     finally:
-        for parameter in copied.parameters():
-            parameter.data = parameter.data.new_empty(0)
+        give_back(copied, model)
 
 
 def unsharded(model: Any) -> Any:
     """A plain copy with the weights as they are; the model itself where they are not shared out."""
     root = root_of(model)
     return model if root is None else _filled(model, root, None)
+
+
+def give_back(copied: Any, model: Any) -> None:
+    """Free the weights of a copy of a model; where it is the model itself they stay."""
+    if copied is not model:
+        for parameter in copied.parameters():
+            parameter.data = parameter.data.new_empty(0)
 
 
 def _without_weights(model: Any) -> Any:

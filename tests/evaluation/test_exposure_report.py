@@ -93,8 +93,16 @@ def test_a_judge_that_one_seed_lacks_is_nobodys_else() -> None:
     one, two = report_of(0.5), report_of(1.0)
     assert [each["judge"] for each in one["differences"]] == ["gold", "proxy", "rouge_l"]
     del one["differences"][0]
-    found = {each["judge"]: each["mean"] for each in combined([one, two])["differences"]}
+    del two["systems"]["sft"], one["strengths"]["gold"]
+    together = combined([one, two])
+    assert list(together["systems"]) == ["r|l"] and list(together["strengths"]) == ["proxy"]
+    found = {each["judge"]: each["mean"] for each in together["differences"]}
     assert found == pytest.approx({"proxy": 0.75, "rouge_l": 0.075})
+
+
+def test_a_mean_without_a_value_in_one_seed_has_no_highest() -> None:
+    one, two = ({"mean": mean, "low": low, "high": None} for mean, low in ((None, 3.2), (5.0, 4.0)))
+    assert combined([one, two]) == {"mean": None, "low": 5.0, "high": None}
 
 
 def test_lengths_are_those_that_all_seeds_have(tmp_path: Path) -> None:

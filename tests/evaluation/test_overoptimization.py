@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def run_of(golds: list[float | None], proxies: list[float], name: str = "ppo") -
     numbers = range(1, len(golds) + 1)
     names = [*(f"{name}_{10 * n}" for n in numbers[:-1]), name]
     return [
-        member(own, gold, proxy, float(n), curve=name, update=10 * n)
+        member(own, gold, proxy, float(n), curve=name, update=10 * n, origin="sft")
         for own, n, gold, proxy in zip(names, numbers, golds, proxies, strict=True)
     ]
 
@@ -149,7 +150,17 @@ def test_what_is_no_over_optimisation_is_not_warned_of(
 def test_best_of_n_is_a_curve_at_its_known_kl() -> None:
     sft = member("sft", 0.0, 0.0, 0.0)
     best = [
-        member(f"best_{n}", math.log(n), math.log(n), 9.0, path="sft", curve="best", best_of=n, pool=8)
+        member(
+            f"best_{n}",
+            math.log(n),
+            math.log(n),
+            9.0,
+            path="sft",
+            curve="best",
+            best_of=n,
+            pool=8,
+            origin="sft",
+        )
         for n in (2, 4, 8)
     ]
     [curve] = report_of(sft, *best)["overoptimization"].values()
@@ -166,6 +177,10 @@ def test_there_is_no_fit_where_kl_does_not_begin_at_the_baseline() -> None:
     assert report_of(*systems)["overoptimization"]["ppo"]["fit"] is not None
     elsewhere = report_of(*systems, reference="base")["overoptimization"]["ppo"]
     assert elsewhere["fit"] is None and preferred(elsewhere)["system"] == "ppo"  # type: ignore[index]
+    warm = replace(systems[0], system=replace(systems[0].system, decoding=Decoding(8, temperature=0.5)))
+    assert report_of(warm, *systems[1:])["overoptimization"]["ppo"]["fit"] is None
+    others = [replace(each, system=replace(each.system, origin="base")) for each in systems[1:]]
+    assert report_of(systems[0], *others)["overoptimization"]["ppo"]["fit"] is None
 
 
 def test_the_plot_takes_curves_with_and_without_gold(tmp_path: Any) -> None:

@@ -126,7 +126,7 @@ def test_best_of_n_takes_what_the_proxy_likes_best(policy: Policy) -> None:
 
 
 def test_a_list_of_best_of_is_a_system_for_each_from_one_pool() -> None:
-    found = build_systems({"a": "x", "best": {"path": "y", "best_of": [2, 8]}}, DECODING)
+    found = build_systems({"a": "x", "best": {"path": "y", "best_of": [8, 2]}}, DECODING)
     assert [(each.name, each.best_of, each.draws, each.curve) for each in found] == [
         ("a", 1, 1, None),
         ("best_2", 2, 8, "best"),
