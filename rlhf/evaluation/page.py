@@ -124,9 +124,9 @@ def _plots(report: dict[str, Any], scored: Sequence[Scored], judges: Sequence[st
 
 def _names(folders: Iterable[str]) -> dict[str, str]:
     """What the folders of stages are called: their paths from the folder that holds all."""
-    paths = list(folders)
-    root = Path(os.path.commonpath([Path(path).parent for path in paths])).parent if paths else Path()
-    return {path: str(Path(path).relative_to(root)) for path in paths}
+    paths = {folder: Path(folder).absolute() for folder in folders}
+    root = Path(os.path.commonpath([path.parent for path in paths.values()])).parent if paths else Path()
+    return {folder: str(path.relative_to(root)) for folder, path in paths.items()}
 
 
 def _curves(stages: Mapping[str, dict[str, Any]]) -> Iterator[Markup]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,8 +48,8 @@ PREFERENCES = (
 OVEROPTIMIZATION = (
     "Gains are those over the baseline, d is the root of KL in nats per response. A run's gold "
     "is fitted by d (alpha - beta log d), best-of-n's by d (alpha - beta d) (Gao et al. 2022, "
-    "https://arxiv.org/abs/2210.10760); inf: the fit does not turn. Of a turn outside of the KL seen "
-    "nothing was seen. What gold prefers was chosen on these prompts, which flatters it."
+    "https://arxiv.org/abs/2210.10760); > or <: the fit turns outside of the KL "
+    "seen, if at all. What gold prefers was chosen on these prompts, which flatters it."
 )
 CURVE_COLUMNS = (
     *("curve", "KL seen", "alpha", "beta", "gold highest at KL", "gains there"),
@@ -144,9 +145,16 @@ def curves_table(report: dict[str, Any]) -> list[list[str]]:
         fit = curve["fit"] or dict.fromkeys(("alpha", "beta", "highest_kl", "highest_gain"))
         kls = [point["kl"] for point in curve["points"] if point["kl"] is not None]
         best = preferred(curve) or dict.fromkeys(("system", "gold", "gold_less_last"))
-        numbers = (fit[key] for key in ("alpha", "beta", "highest_kl", "highest_gain"))
-        cells = [f"to {max(kls):.2f}" if kls else "-", *map(_interval, numbers), best["system"] or "-"]
-        rows.append([name, *cells, _interval(best["gold"]), _interval(best["gold_less_last"])])
+        highest = [_interval(fit["highest_kl"]), _interval(fit["highest_gain"])]
+        place = fit["highest_kl"] and fit["highest_kl"]["mean"]
+        if curve["fit"] and not min(kls) <= (math.inf if place is None else place) <= max(kls):
+            highest = [
+                f"< {min(kls):.2f}" if place is not None and place < min(kls) else f"> {max(kls):.2f}",
+                "-",
+            ]
+        cells = [_interval(fit["alpha"]), _interval(fit["beta"]), *highest, best["system"] or "-"]
+        seen = f"{min(kls):.2f} to {max(kls):.2f}" if kls else "-"
+        rows.append([name, seen, *cells, _interval(best["gold"]), _interval(best["gold_less_last"])])
     return rows
 
 

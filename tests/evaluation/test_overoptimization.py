@@ -123,8 +123,11 @@ def test_what_gold_prefers_is_named_and_the_turn_is_warned_of() -> None:
         "the proxy rose by 2.00"
     }
     row = curves_table(report)[1]
-    assert row[:2] == ["ppo", "to 4.00"]
+    assert row[4].startswith("< 1.00") and row[:2] == ["ppo", "1.00 to 4.00"]
     assert row[-3:] == ["ppo_20", "2.00 [2.00, 2.00]", "1.50 [1.50, 1.50]"]
+    turns = [*predicted(np.sqrt([1, 2, 3, 4]), 3.0, 2.0, "rl")]  # highest at exp(.5)^2 = 2.718
+    row = curves_table(report_of(sft, *run_of(turns, [1.0, 2.0, 3.0, 4.0])))[1]
+    assert row[4] == "2.72 [2.72, 2.72]" and row[5] == "3.30 [3.30, 3.30]"  # 2 exp(.5)
     assert "## Over-optimisation" in overoptimization_section(report)
 
 
@@ -179,6 +182,8 @@ def test_there_is_no_fit_where_kl_does_not_begin_at_the_baseline() -> None:
     assert elsewhere["fit"] is None and preferred(elsewhere)["system"] == "ppo"  # type: ignore[index]
     warm = replace(systems[0], system=replace(systems[0].system, decoding=Decoding(8, temperature=0.5)))
     assert report_of(warm, *systems[1:])["overoptimization"]["ppo"]["fit"] is None
+    rising = curves_table({"overoptimization": report_of(*systems)["overoptimization"]})[1]
+    assert rising[4:6] == ["> 3.00", "-"]
     others = [replace(each, system=replace(each.system, origin="base")) for each in systems[1:]]
     assert report_of(systems[0], *others)["overoptimization"]["ppo"]["fit"] is None
 

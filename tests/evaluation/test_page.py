@@ -17,7 +17,7 @@ import pytest
 
 from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored
-from rlhf.evaluation.page import as_text, write_page
+from rlhf.evaluation.page import _names, as_text, write_page
 from rlhf.evaluation.systems import Generation, System
 from tests.evaluation.test_report import HOSTILE, report_of
 
@@ -102,6 +102,15 @@ def test_the_page_says_what_the_report_says(page: Path) -> None:
         assert part in text
     assert "Settings of script&gt;/ppo" in text and "# torch 2.1.7" in text and "seed: 7" in text
     assert text.count("<svg") >= 6 and "&lt;b&gt;score rose" in text and "it is long" in text
+
+
+def test_stages_are_named_from_the_folder_that_holds_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = ["runs/x/seed_1/kl_0.2/ppo", str(tmp_path / "runs/x/seed_2/kl_0.2/ppo"), "runs/x/seed_1/sft"]
+    assert list(_names(folders).values()) == ["x/seed_1/kl_0.2/ppo", "x/seed_2/kl_0.2/ppo", "x/seed_1/sft"]
+    assert _names(["runs/x/sft"]) == {"runs/x/sft": "x/sft"} and _names([]) == {}
 
 
 def test_a_conversation_is_shown_with_its_roles() -> None:
