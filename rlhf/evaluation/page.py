@@ -36,6 +36,7 @@ from rlhf.processes import by_main
 from rlhf.records import transcript
 
 MOST_SAMPLES = 200  # prompts whose responses are on the page
+PRINTED = 20  # of them, on paper
 CURVES = {
     "sft": ("loss", "eval_loss"),
     "rm": ("loss",),
@@ -85,6 +86,7 @@ def write_page(
         curves=list(_curves(stages)),
         orders=_orders(report["baseline"], main.system.name) if main else {},
         samples=list(_samples(report["baseline"], main, scored)) if main else [],
+        printed=PRINTED,
         seeds=seeds,
         bands=BANDS if len(report.get("seeds", ())) > 1 else "Intervals are 95% (bootstrap over prompts).",
         origins=_origins(stages),

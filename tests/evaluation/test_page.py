@@ -17,7 +17,7 @@ import pytest
 
 from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored
-from rlhf.evaluation.page import _names, as_text, write_page
+from rlhf.evaluation.page import PRINTED, _names, as_text, write_page
 from rlhf.evaluation.systems import Generation, System
 from tests.evaluation.test_report import HOSTILE, report_of
 
@@ -212,6 +212,9 @@ def test_printed_it_is_whole_and_dark_on_white(page: Path, browser: Any) -> None
     assert browser.execute_script(style) == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
     assert browser.execute_script("return document.documentElement.scrollWidth") <= paper["width"]
     assert not browser.find_element("css selector", ".controls").is_displayed()
+    sections = browser.find_elements("css selector", "#samples > section")
+    assert sum(each.is_displayed() for each in sections) == min(PRINTED, len(sections)) < len(sections)
+    assert f"The first {PRINTED} of {len(sections)} prompts." in browser.find_element("tag name", "body").text
     assert len(base64.b64decode(browser.print_page())) > 20_000
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
