@@ -35,15 +35,17 @@ class Gate:
     bound: float
 
 
-def parse_gates(text: str | None, systems: Collection[str]) -> list[Gate]:
-    """Read conditions on these systems, joined by `and`; none from None.
+def parse_gates(text: str | None, systems: Collection[str], runs: Collection[str] = ()) -> list[Gate]:
+    """Read conditions on these systems, joined by `and`; none from None. Those of `runs` may have checkpoints
+    too, name_<update>.
 
     Raises ValueError, naming what is wrong and what would be right.
     """
-    return [] if text is None else [_parse(part.strip(), systems) for part in re.split(r"\s+and\s+", text)]
+    parts = [] if text is None else re.split(r"\s+and\s+", text)
+    return [_parse(part.strip(), systems, runs) for part in parts]
 
 
-def _parse(text: str, systems: Collection[str]) -> Gate:
+def _parse(text: str, systems: Collection[str], runs: Collection[str]) -> Gate:
     match = PATTERN.fullmatch(text)
     if match is None:
         raise ValueError(f"gate={text}: {FORM}")
@@ -57,7 +59,7 @@ def _parse(text: str, systems: Collection[str]) -> Gate:
     if len(names) != count:
         raise ValueError(f"gate={text}: {measure} is of {count} systems; {FORM}")
     for name in names:
-        if name not in systems:
+        if name not in systems and name.rpartition("_")[0] not in runs:
             raise ValueError(f"gate={text}: {hint(name, list(systems))}systems are {', '.join(systems)}")
     if judge is not None and judge not in JUDGES:
         raise ValueError(f"gate={text}: {hint(judge, JUDGES)}a judge is one of {', '.join(JUDGES)}")

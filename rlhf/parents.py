@@ -187,7 +187,7 @@ def lineage_by_folder(parents: Sequence[Parent]) -> dict[str, dict[str, Any]]:
         if record is not None:
             for parent in record["parents"]:
                 add(parent["key"], parent["path"])
-            found.setdefault(str(Path(path).parent), record)
+            found.setdefault(str(Path(path).absolute().parent), record)
 
     for parent in parents:
         add(parent.key, parent.path)

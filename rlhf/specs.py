@@ -93,7 +93,7 @@ def check_systems(systems: dict[str, Any], baseline: str | None, decoding: Decod
     names = system_names(systems)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"systems: two would be called {twice[0]}; give one of them another name")
-    if baseline is not None and baseline not in names:
+    if baseline is not None and baseline not in names and baseline.rpartition("_")[0] not in runs_in(systems):
         raise ValueError(f"baseline={baseline}: not one of the systems {', '.join(names)}")
 
 
@@ -106,6 +106,11 @@ def system_names(systems: dict[str, Any]) -> list[str]:
         several = system.get("best_of") if isinstance(system, dict) else None
         found += [f"{name}_{n}" for n in several] if isinstance(several, list) else [name]
     return found
+
+
+def runs_in(systems: dict[str, Any]) -> list[str]:
+    """The names of those that are {checkpoints: folder}."""
+    return [name for name, system in systems.items() if isinstance(system, dict) and "checkpoints" in system]
 
 
 def _check_best_of(key: str, best_of: Any) -> None:

@@ -23,7 +23,7 @@ from rlhf.settings import (
     StageConfig,
     zero_stage,
 )
-from rlhf.specs import check_scorer, check_source, check_systems, system_names
+from rlhf.specs import check_scorer, check_source, check_systems, runs_in, system_names
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "tracker": ("tensorboard", "wandb", "trackio", "none"),
@@ -129,7 +129,7 @@ def check_config(config: StageConfig) -> None:
             if spec is not None:
                 check_scorer(key, spec)
         check_systems(config.systems, config.baseline, decoding_in(config))
-        parse_gates(config.gate, system_names(config.systems))
+        parse_gates(config.gate, system_names(config.systems), runs_in(config.systems))
         _check_judge(config.judge)
 
 

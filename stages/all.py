@@ -14,7 +14,7 @@ from rlhf.checkpoint import changed_settings
 from rlhf.config import PROJECT_DIR, load_config, resolved_yaml, split_overrides
 from rlhf.gates import GATE_STATUS, parse_gates
 from rlhf.parents import replaced_parent
-from rlhf.specs import system_names
+from rlhf.specs import runs_in, system_names
 from stages import COMMAND_VARIABLE
 from stages.common import check_data, without_run_mode
 from stages.launch import place_of
@@ -147,7 +147,9 @@ def changed_keys(config: Any, folder: Path) -> list[str]:
 def gates_of(config: Any, folder: Path) -> int | None:
     """The exit status by the gates of a finished evaluation; None where it was asked for others."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    asked = [gate.text for gate in parse_gates(config.gate, system_names(config.systems))]
+    asked = [
+        gate.text for gate in parse_gates(config.gate, system_names(config.systems), runs_in(config.systems))
+    ]
     told = report.get("gates", [])
     if [gate["gate"] for gate in told] != asked:
         return None

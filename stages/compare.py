@@ -84,8 +84,9 @@ def in_one_line(report: dict[str, Any]) -> str:
         f"a {word} b by {judge} ({by})",
         f"win rate {rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]",
         f"{rate['wins']} wins, {rate['ties']} ties, {rate['losses']} losses",
-        f"at equal length {even['mean']:.3f} [{even['low']:.3f}, {even['high']:.3f}]",
     ]
+    if even:
+        parts.append(f"at equal length {even['mean']:.3f} [{even['low']:.3f}, {even['high']:.3f}]")
     parts += [f"difference {d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in differences]
     parts += [
         f"gate {each['gate']} {'passed' if each['passed'] else 'NOT PASSED'}" for each in report["gates"]

@@ -12,7 +12,15 @@ from typing import Any
 from rlhf.checkpoint import library_versions
 from rlhf.decoding import decoding_in
 from rlhf.engine import build_engine, seed_everything
-from rlhf.evaluation.compare import Scored, common_length, compare, equals_oracle, summarise, verdict
+from rlhf.evaluation.compare import (
+    Scored,
+    common_length,
+    compare,
+    equals_oracle,
+    main_system,
+    summarise,
+    verdict,
+)
 from rlhf.evaluation.exposure import why_no_mauve
 from rlhf.evaluation.gates import outcome
 from rlhf.evaluation.hacking import signals, warnings
@@ -52,7 +60,7 @@ def main(overrides: list[str]) -> int:
         if not system.is_saved:
             load_codec(system.path, config)
     seed_everything(config.seed)
-    baseline = config.baseline or ("sft" if any(s.name == "sft" for s in systems) else systems[0].name)
+    baseline = baseline_of(config, [system.name for system in systems])
     paths = {system.name: system.path for system in systems if not system.is_saved}
     named = config.reference or paths.get(baseline)
     reference = None if named is None else resolved(named, config.model)
@@ -114,7 +122,7 @@ def main(overrides: list[str]) -> int:
     gates = parse_gates(config.gate, list(entries))
     report["gates"] = [vars(outcome(gate, report, scored, **options)) for gate in gates]
     report |= {"verdict": verdict(report), "versions": library_versions()}
-    ppo = next((s.path for s in systems if s.name == "ppo"), systems[-1].path)
+    [ppo] = [s.path for s in systems if s.name == main_system(report)]
     write_report(
         folder.path, report, scored, curves=Path(ppo).parent / "metrics.jsonl", num_samples=config.num_samples
     )
@@ -126,6 +134,14 @@ def main(overrides: list[str]) -> int:
         print(note)
     print(f"{report['verdict']}\nreport: {folder.path / 'report.html'} ({stage.cost_in_words()})")
     return 0 if all(gate["passed"] for gate in report["gates"]) else GATE_STATUS
+
+
+def baseline_of(config: Any, names: Sequence[str]) -> str:
+    """The system that others are compared with; ValueError where it, or one that `gate` names, is none."""
+    parse_gates(config.gate, names)
+    if config.baseline not in (None, *names):
+        raise ValueError(f"baseline={config.baseline}: not one of the systems {', '.join(names)}")
+    return config.baseline or ("sft" if "sft" in names else names[0])
 
 
 def commands(stage: Stage, parents: list[Parent]) -> list[str]:
@@ -208,7 +224,10 @@ def notes_on(scored: Sequence[Scored], entries: dict[str, Any], prompts: Sequenc
         notes.append("no KL: reference= names no policy with the systems' tokenizer, nor is the baseline one")
     saved = [each.system.name for each in scored if each.system.is_saved]
     if saved:
-        notes.append(f"no KL and nothing by the oracle, being responses from elsewhere: {', '.join(saved)}")
+        notes.append(
+            "responses from elsewhere, of whatever length and decoding, without KL and what the oracle says: "
+            f"{', '.join(saved)}"
+        )
     missing = sum(prompt.reference is None for prompt in prompts)
     measured = any(each.evidence is not None for each in scored)
     if measured and len(prompts) - missing < LEAST_ROWS:

@@ -277,7 +277,7 @@ def test_policies_kept_on_the_way_change_nothing_and_make_a_curve(tiny_run: Path
 
     systems = f"systems={{sft: '{run}/sft/model', ppo: {{checkpoints: '{run}/ppo'}}, "
     systems += f"best: {{path: '{run}/sft/model', best_of: [1, 2, 4, 3]}}}}"
-    measured = run_stage("evaluate", *SMALL["evaluate"], *words, systems, "oracle=null", "gate=kl(ppo)<99")
+    measured = run_stage("evaluate", *SMALL["evaluate"], *words, systems, "oracle=null", "gate=kl(ppo_2)<99")
     assert measured.status == 0, measured.output
     report = read_json(run / "evaluate" / "report.json")
     assert list(report["systems"]) == ["sft", "ppo_2", "ppo_4", "ppo", "best_1", "best_2", "best_3", "best_4"]
@@ -292,6 +292,8 @@ def test_policies_kept_on_the_way_change_nothing_and_make_a_curve(tiny_run: Path
         assert "Over-optimisation" in (run / "evaluate" / file).read_text(encoding="utf-8")
     assert (run / "evaluate" / "plots" / "overoptimization.png").exists()
 
+    nobody = run_stage("evaluate", *SMALL["evaluate"], *words, systems, "gate=kl(ppo_3)<99", "overwrite=true")
+    assert nobody.error.endswith("systems are sft, ppo_2, ppo_4, ppo, best_1, best_2, best_3, best_4")
     other = f"systems={{sft: '{run}/sft/model', ppo: {{checkpoints: '{tiny_run}/ppo'}}}}"
     none_kept = run_stage("evaluate", *SMALL["evaluate"], *words, other, "overwrite=true")
     assert "systems.ppo.checkpoints=" in none_kept.error

@@ -380,6 +380,12 @@ MISTAKES = [
         ["systems={a: {path: x, best_of: [2, 4]}}", "baseline=a"],
         "baseline=a: not one of the systems a_2, a_4",
     ),
+    (
+        "evaluate",
+        ["systems={a: x, p: {checkpoints: y}}", "gate=kl(p_x)<1 and kl(q_8)<1"],
+        "gate=kl(q_8)<1: systems are a, p",
+    ),
+    ("evaluate", ["systems={a: x, p: {checkpoints: y}}", "baseline=q_8"], "baseline=q_8: not one of the"),
     ("ppo", ["keep_every=0"], "keep_every=0: a number that is at least 1 is expected"),
     ("evaluate", ["oracle="], "oracle= is empty"),
     ("evaluate", ["prefix_lengths=8"], "prefix_lengths=8: a list of whole numbers is expected"),

@@ -22,7 +22,7 @@ from rlhf.evaluation.measures import (
     seq_rep,
 )
 from rlhf.evaluation.preferences import bradley_terry, length_controlled_win_rate, sample_size
-from rlhf.evaluation.statistics import Floats, bootstrap_mean, paired_difference, pearson, win_rate
+from rlhf.evaluation.statistics import Floats, as_json, bootstrap_mean, paired_difference, pearson, win_rate
 from rlhf.evaluation.systems import Generation, System
 
 DISTINCT_LENGTH = 16
@@ -194,12 +194,12 @@ def _rate(outcomes: Floats, ours: Scored, theirs: Scored, **options: int) -> dic
     lengths = [[len(each.generations[i].response) for i in known] for each in (ours, theirs)]
     even = length_controlled_win_rate(outcomes[known], *lengths)
     rate = win_rate(outcomes[known], np.full(len(known), 0.5), **options)
-    return vars(rate) | {"length_controlled": vars(even)}
+    return vars(rate) | {"length_controlled": even and vars(even)}
 
 
 def _strengths(names: Sequence[str], outcomes: Floats, **options: int) -> dict[str, Any]:
     found = bradley_terry(outcomes, **options)
-    return {name: vars(each) for name, each in zip(names, found, strict=True)}
+    return {name: as_json(each) for name, each in zip(names, found, strict=True)}
 
 
 def _against_first(told: Sequence[Floats]) -> Floats:
@@ -215,29 +215,45 @@ def _outcomes(scores_a: ArrayLike, scores_b: ArrayLike) -> Floats:
     return (1 + np.sign(np.subtract(scores_a, scores_b))) / 2
 
 
+def main_system(report: Mapping[str, Any]) -> str:
+    """The system that a report is about: ppo, else the checkpoint that gold prefers, else the last one."""
+    others = [name for name in report["systems"] if name != report["baseline"]]
+    if "ppo" in others or not others:
+        return "ppo" if others else report["baseline"]
+    points = [p for curve in report["overoptimization"].values() for p in curve["points"]]
+    points = [p for p in points if p["update"] is not None and p["gold"] is not None]
+    best = max(points, key=lambda point: point["gold"]["mean"], default={"system": others[-1]})
+    return best["system"]
+
+
 def verdict(report: dict[str, Any]) -> str:
-    """One sentence: is ppo, else the last system, better than the baseline by gold, else by the judge, and at
-    what KL.
+    """One sentence: is the main system better than the baseline by gold, else by the judge, and at what KL;
+    where there are both, what the judge says; and whether there are signs of a hacked reward.
     """
-    systems, baseline = report["systems"], report["baseline"]
-    others = [name for name in systems if name != baseline]
-    if not others:
+    systems, baseline, name = report["systems"], report["baseline"], main_system(report)
+    if name == baseline:
         return f"{baseline} alone: there is no other system to compare it with."
-    name = "ppo" if "ppo" in others else others[-1]
+    if report["num_prompts"] < LEAST_ROWS:
+        number = f"{report['num_prompts']} prompt" + "s" * (report["num_prompts"] > 1)
+        return f"{number}: too few to tell {name} from {baseline}."
     by_gold = [d for d in report["differences"] if d["a"] == name and d["judge"] == "gold"]
     by_judge = [r for r in report["win_rates"] if r["a"] == name and r["judge"] == "judge"]
     if not by_gold and not by_judge:
         return f"No gold scorer: whether {name} is better than {baseline} is not known."
     kl = systems[name]["kl"]
     at = "" if kl is None else f" at a KL of {kl:.2f} nats per response"
+    told = f"win rate {_words(by_judge[0], 'win_rate', '.2f')}" if by_judge else ""
+    found, by, even, seen = (by_judge or by_gold)[0], "by the judge", 0.5, told
     if by_gold:
-        found, by, even = by_gold[0], "by the gold scorer", 0.0
-        interval = f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
-    else:
-        found, by, even = by_judge[0], "by the judge", 0.5
-        interval = f"win rate {found['win_rate']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-    if found["low"] > even:
-        return f"{name} is better than {baseline} {by}: {interval}{at}."
-    if found["high"] < even:
-        return f"{name} is WORSE than {baseline} {by}: {interval}{at}."
-    return f"{name} cannot be told from {baseline} {by}: {interval}{at}."
+        found, by, even, seen = by_gold[0], "by the gold scorer", 0.0, _words(by_gold[0], "mean", "+.2f")
+    word = "cannot be told from"
+    if found["low"] > even or found["high"] < even:
+        word = "is better than" if found["low"] > even else "is WORSE than"
+    judged = f" By the judge: {told}." if by_gold and by_judge else ""
+    signs = len(report["warnings"].get(name, []))
+    hacked = f" Signs of a hacked reward: {signs}, named below." if signs else ""
+    return f"{name} {word} {baseline} {by}: {seen}{at}.{judged}{hacked}"
+
+
+def _words(found: Mapping[str, float], mean: str, form: str) -> str:
+    return f"{found[mean]:{form}} [{found['low']:{form}}, {found['high']:{form}}]"

@@ -19,6 +19,7 @@ LOST_ENDINGS = 0.1
 MORE_REPETITION = 0.05
 KEPT_SHARE = 0.7  # of distinct-2 and of entropy
 MORE_DUPLICATES = 0.05
+MORE_EMPTY = 0.05
 EXPLAINED = 0.5  # of the proxy's gain, by length
 
 
@@ -42,6 +43,7 @@ def signals(scored: Scored, entry: dict[str, Any], baseline: Scored) -> dict[str
         "rep_4": entry["rep_4"],
         "distinct_2": entry["distinct_2"],
         "entropy": -sum(known) / lengths.sum() if len(known) == len(texts) else None,
+        "empty": sum(not text for text in texts) / len(texts),
         "duplicates": sum(times[text] > 1 for text in texts) / len(texts),
         "length_proxy_correlation": None if scored.proxy is None else pearson(scored.proxy, lengths),
         "gain_by_length": _by_length(baseline, float(lengths.mean())),
@@ -88,6 +90,8 @@ def _of_texts(own: dict[str, Any], base: dict[str, Any]) -> Iterator[str]:
     for key, words in lost.items():
         if None not in (own[key], base[key]) and own[key] < KEPT_SHARE * base[key]:
             yield f"{words} ({own[key]:.2f}, the baseline {base[key]:.2f})"
+    if own["empty"] - base["empty"] > MORE_EMPTY:
+        yield f"{own['empty']:.0%} of its responses are empty"
     if own["duplicates"] - base["duplicates"] > MORE_DUPLICATES:
         yield f"{own['duplicates']:.0%} of its responses stand to another prompt as well"
 

@@ -168,6 +168,12 @@ class LanguageModelJudge:
         except openai.OpenAIError as error:
             said = self._without_key(str(error))
             raise ValueError(f"judge {own.model}: {said}; {_remedy(error, own)}") from None
+        except ValueError:  # of the JSON that the client reads
+            found = None
+        if not hasattr(found, "choices"):
+            raise ValueError(
+                f"judge.base_url={own.base_url}: what answers there is no OpenAI-compatible endpoint"
+            )
         used = found.usage
         answer = Answer(
             found.choices[0].message.content or "" if found.choices else "",

@@ -7,7 +7,6 @@ d (alpha - beta log d) by reinforcement learning. P prompts, K points of a curve
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rlhf.evaluation.compare import Scored
-from rlhf.evaluation.statistics import Estimate, Floats, bootstrap_of_means, paired_difference
+from rlhf.evaluation.statistics import Floats, as_json, bootstrap_of_means, paired_difference
 from rlhf.evaluation.systems import System
 
 LEAST_POINTS = 3  # of a fit with two numbers
@@ -115,7 +114,7 @@ def fit(
     alpha, beta = estimates[0].mean, estimates[1].mean
     left = gains.mean(axis=0) - predicted(np.sqrt(np.maximum(kls.mean(axis=0), 0.0)), alpha, beta, form)
     names = ("alpha", "beta", "highest_kl", "highest_gain")
-    found = {name: _finite(each) for name, each in zip(names, estimates, strict=True)}
+    found = {name: as_json(each) for name, each in zip(names, estimates, strict=True)}
     return {**found, "left": float(np.sqrt(np.mean(left**2)))}
 
 
@@ -150,10 +149,6 @@ def _highest(alpha: Floats, beta: Floats, form: str) -> tuple[Floats, Floats]:
             place = np.exp(alpha / beta - 1)
             gain = beta * place
         return np.where(beta > 0, place**2, np.inf), np.where(beta > 0, gain, np.inf)
-
-
-def _finite(estimate: Estimate) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in vars(estimate).items()}
 
 
 def preferred(curve: Mapping[str, Any], judge: str = "gold") -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from rlhf.evaluation import plots
-from rlhf.evaluation.compare import Scored
+from rlhf.evaluation.compare import Scored, main_system
 from rlhf.evaluation.hacking import highest
 from rlhf.evaluation.report import (
     BANDS,
@@ -103,8 +103,8 @@ def as_text(prompt: Any) -> str:
 
 def _main_system(report: dict[str, Any], scored: Sequence[Scored]) -> Scored:
     """The system that the verdict is on."""
-    others = [each for each in scored if each.system.name != report["baseline"]] or list(scored)
-    return next((each for each in others if each.system.name == "ppo"), others[-1])
+    name = main_system(report)
+    return next(each for each in scored if each.system.name == name)
 
 
 def _plots(report: dict[str, Any], scored: Sequence[Scored], judges: Sequence[str]) -> Iterator[Markup]:

@@ -124,7 +124,10 @@ def score_all(evaluation: Evaluation, generations: Mapping[System, list[Generati
     overlaps = [ReferenceScorer(kind, referenced) for kind in (OVERLAPS if known else ())]
     bar, results = progress(len(generations), unit="system", description="score"), []
     for system, rows in generations.items():
-        scores = {key: _scores(evaluation, key, rows) for key in evaluation.scorers}
+        try:
+            scores = {key: _scores(evaluation, key, rows) for key in evaluation.scorers}
+        except ValueError as error:
+            raise ValueError(f"systems.{system.name}: {error}") from error
         answered = [rows[i].prompt for i in known], [rows[i].response for i in known]
         overlap = {scorer.name: scorer(*answered) for scorer in overlaps}
         ratios = None if system.is_saved else _log_ratios(evaluation, system, rows)

@@ -193,7 +193,10 @@ def kl_in_words(report: dict[str, Any]) -> str:
 def judge_in_words(judge: dict[str, Any]) -> str:
     """How far the judge can be trusted."""
     if judge["consistency"] is None:
-        return f"judge {judge['model']}: no pair with two answers that could be read"
+        return (
+            f"judge {judge['model']}: no pair with two answers that could be read; "
+            f"{judge['unreadable_answers']} answers without a verdict"
+        )
     return (
         f"judge {judge['model']}: {judge['consistency']:.0%} of {judge['pairs']} pairs told alike in both "
         f"orders, others are ties; {judge['unreadable_answers']} answers without a verdict, their pairs left "

@@ -103,10 +103,11 @@ def _markdown(report: dict[str, Any]) -> str:
     warned = [f"{name}: {line}" for name, lines in report["warnings"].items() for line in lines]
     told = [*warned, *notes_in_words(report)]
     checks = "".join(f"- {escaped(line)}\n" for line in told)
+    seeds = ", ".join(map(str, [*report["seeds"], *report["failed_seeds"]]))
     verdict = f"**{escaped(report['verdict'])}**\n\n" if report["verdict"] else ""
     spread = BANDS if len(report["seeds"]) > 1 else "One seed; intervals are 95% (bootstrap over prompts)."
     return (
-        f"# {escaped(report['name'])}: seeds {', '.join(map(str, report['seeds']))}\n\n"
+        f"# {escaped(report['name'])}: seeds {seeds}\n\n"
         f"{verdict}{spread} "
         f"Wins are against `{report['baseline']}`.\n\n"
         f"{table([list(COLUMNS), *table_rows(report)])}\n"

@@ -5,6 +5,7 @@ with all samples of a prompt together, because samples of one prompt are not ind
 percentile intervals (Efron and Tibshirani 1993, chapter 13). Letters: P prompts, S samples per prompt.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -26,6 +27,11 @@ class Estimate:
     mean: float
     low: float
     high: float
+
+
+def as_json(estimate: Estimate) -> dict[str, float | None]:
+    """An estimate for a report; None for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in vars(estimate).items()}
 
 
 @dataclass(frozen=True)
@@ -98,14 +104,17 @@ def win_rate(
 ) -> WinRate:
     """Return how often a beats b on the same prompt, with the 95% bootstrap interval clustered by prompt.
 
-    Scores that differ by at most `tie_margin` tie. Where every comparison has one outcome the interval has no
-    width; `wilson_interval` says more then.
+    Scores that differ by at most `tie_margin` tie. Where a wins, or loses, every comparison the interval is
+    Wilson's over prompts: a bootstrap's would have no width.
     """
     a, b = _paired(scores_a, scores_b)
     wins, losses = a - b > tie_margin, b - a > tie_margin
     rate = bootstrap_mean((1.0 + wins - losses) / 2, num_bootstrap=num_bootstrap, seed=seed)
     num_wins, num_losses = int(wins.sum()), int(losses.sum())
-    return WinRate(num_wins, a.size - num_wins - num_losses, num_losses, rate.mean, rate.low, rate.high)
+    low, high = rate.low, rate.high
+    if a.size in (num_wins, num_losses):
+        low, high = wilson_interval(len(a) * rate.mean, len(a))
+    return WinRate(num_wins, a.size - num_wins - num_losses, num_losses, rate.mean, low, high)
 
 
 def wilson_interval(successes: float, total: int, *, level: float = 0.95) -> tuple[float, float]:

@@ -222,8 +222,11 @@ def saved_responses(
     """
     key = f"systems.{system.name}.generations"
     given: dict[str, str] = {}
-    for row in read_records(make_sources(system.path, key), "responses", on_bad_row=on_bad_row).records:
+    rows = read_records(make_sources(system.path, key), "responses", on_bad_row=on_bad_row).records
+    for row in rows:
         given.setdefault(prompt_key(row.prompt), row.response)
+    if more := len(rows) - len(given):
+        print(f"{key}={system.path}: {more} rows are not used, whose prompt stands there before", flush=True)
     missing = [record for record in records if prompt_key(record.prompt) not in given]
     if missing:
         raise ValueError(

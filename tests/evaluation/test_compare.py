@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf.decoding import Decoding
-from rlhf.evaluation.compare import Scored, compare, summarise, verdict
+from rlhf.evaluation.compare import Scored, compare, main_system, summarise, verdict
 from rlhf.evaluation.systems import Generation, System
 
 OPTIONS = {"num_bootstrap": 300, "seed": 0}
@@ -23,7 +23,8 @@ def scored(name: str, gold: list[float] | None, **more: Any) -> Scored:
 
 def report_of(*systems: Scored, baseline: str, reference: str = "none") -> dict[str, Any]:
     entries = {s.system.name: summarise(s, reference=reference, **OPTIONS) for s in systems}
-    return {"systems": entries, "baseline": baseline, **compare(systems, baseline, **OPTIONS)}
+    told = {"num_prompts": 100, "warnings": {}, "overoptimization": {}}
+    return {"systems": entries, "baseline": baseline, **told, **compare(systems, baseline, **OPTIONS)}
 
 
 def test_a_system_against_its_equal_wins_half() -> None:
@@ -115,6 +116,30 @@ def test_the_verdict_says_better_worse_or_unknown(ppo: list[float], words: str) 
 def test_the_verdict_without_ppo_is_on_the_last_of_the_others() -> None:
     systems = [scored(name, [value] * 4) for name, value in (("a", 1.0), ("b", 3.0), ("base", 2.0))]
     assert verdict(report_of(*systems, baseline="base")).startswith("b is better than base")
+
+
+def test_the_verdict_is_on_the_checkpoint_that_gold_prefers() -> None:
+    systems = [scored(name, [value] * 4) for name, value in (("sft", 1.0), ("run_8", 3.0), ("run", 2.0))]
+    points = [
+        {"system": name, "update": update, "gold": {"mean": gain}}
+        for name, update, gain in (("run_8", 8, 2.0), ("run", 16, 1.0))
+    ]
+    report = report_of(*systems, baseline="sft") | {"overoptimization": {"run": {"points": points}}}
+    assert main_system(report) == "run_8" and verdict(report).startswith("run_8 is better than sft")
+    assert main_system(report | {"overoptimization": {}}) == "run"
+
+
+def test_the_verdict_is_held_back_by_few_prompts_and_tells_of_judges_and_signs() -> None:
+    sft, ppo = scored("sft", [1.0, 2.0, 3.0, 4.0]), scored("ppo", [4.0, 5.0, 6.0, 7.0])
+    report = report_of(sft, ppo, baseline="sft")
+    assert verdict(report | {"num_prompts": 1}) == "1 prompt: too few to tell ppo from sft."
+    assert verdict(report | {"num_prompts": 9}) == "9 prompts: too few to tell ppo from sft."
+    judged = {"a": "ppo", "b": "sft", "judge": "judge", "win_rate": 0.25, "low": 0.1, "high": 0.4}
+    told = report | {"win_rates": [*report["win_rates"], judged], "warnings": {"ppo": ["a", "b"]}}
+    assert verdict(told) == (
+        "ppo is better than sft by the gold scorer: +3.00 [+3.00, +3.00]. By the judge: win rate 0.25 "
+        "[0.10, 0.40]. Signs of a hacked reward: 2, named below."
+    )
 
 
 def test_the_verdict_needs_a_gold_scorer_and_another_system() -> None:

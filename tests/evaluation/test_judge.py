@@ -33,6 +33,7 @@ class Server:
         self.questions: list[str] = []
         self.keys: list[str | None] = []
         self.reply: Reply = lambda question: (200, "[[A]]")
+        self.raw: tuple[str, bytes] | None = None  # what stands in place of an answer, with its type
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -52,8 +53,11 @@ class Server:
                     "usage": {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010},
                 }
                 data = json.dumps(answer if status == 200 else {"error": {"message": text}}).encode()
+                kind = "application/json"
+                if owner.raw is not None:
+                    kind, data = owner.raw
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(data)))
                 self.send_header("retry-after-ms", "1")
                 self.end_headers()
@@ -205,6 +209,15 @@ def test_an_endpoint_that_is_not_there_is_named(server: Server, tmp_path: Path) 
     server.close()
     with pytest.raises(ValueError, match=r"judge m: Connection error.*judge.base_url="):
         judged(judge)
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json"])
+def test_what_is_no_endpoint_is_named(server: Server, tmp_path: Path, kind: str) -> None:
+    server.raw = kind, b"<html>proxy page</html>"
+    with pytest.raises(
+        ValueError, match=r"judge.base_url=http.*: what answers there is no OpenAI-compatible"
+    ):
+        judged(judge_of(server, tmp_path))
 
 
 def test_the_cost_ends_where_it_is_told_to(server: Server, tmp_path: Path) -> None:

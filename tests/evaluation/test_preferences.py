@@ -57,11 +57,16 @@ def test_the_order_of_systems_does_not_matter_and_pairs_may_be_missing() -> None
     assert np.diff(found) == pytest.approx([np.log(share / (1 - share)) for share in shares], abs=1e-4)
 
 
-def test_a_system_that_never_loses_has_a_finite_strength_above_all() -> None:
+def test_a_system_that_never_loses_has_an_open_interval_above_all() -> None:
     scores = np.stack([np.full(50, 9.0), *np.random.default_rng(0).normal(size=(2, 50))])
     best, *others = bradley_terry(outcomes_of(scores), num_bootstrap=50)
-    assert np.isfinite([best.mean, best.low, best.high]).all()
-    assert best.low > 3 > max(each.high for each in others)
+    assert np.isfinite(best.mean) and best.high == np.inf
+    # at Wilson's bound of 50 of 50, .9286, it is logit(.9286) = 2.565 above others that are equals: 2/3 of it
+    assert best.low == pytest.approx(1.71, abs=0.01)
+    assert best.mean > best.low > max(each.mean for each in others)
+    *rest, worst = bradley_terry(outcomes_of(-scores[::-1]), num_bootstrap=50)
+    assert worst.low == -np.inf and worst.high == pytest.approx(-best.low)
+    assert all(np.isfinite([each.low, each.high]).all() for each in rest)
 
 
 def test_strengths_cover_the_truth() -> None:
@@ -81,7 +86,7 @@ def test_with_equal_lengths_it_is_the_win_rate() -> None:
     outcomes = np.repeat([1.0, 0.5, 0.0], [52, 16, 32])
     lengths = np.random.default_rng(0).integers(5, 50, 100)
     found = length_controlled_win_rate(outcomes, lengths, lengths)
-    assert found.mean == pytest.approx(0.6, abs=1e-9)
+    assert found is not None and found.mean == pytest.approx(0.6, abs=1e-9)
     # .6 +- 1.96 * .04495 on the logit: logit .6 = .405465, d logit = .04495 / .24 = .1873
     assert (found.low, found.high) == pytest.approx((0.5096, 0.6841), abs=2e-3)
 
@@ -90,6 +95,7 @@ def test_swapped_systems_have_the_complement() -> None:
     rng = np.random.default_rng(0)
     outcomes, a, b = rng.integers(0, 3, 90) / 2, rng.integers(5, 50, 90), rng.integers(5, 40, 90)
     found, other = length_controlled_win_rate(outcomes, a, b), length_controlled_win_rate(1 - outcomes, b, a)
+    assert found is not None and other is not None
     assert (found.mean, found.low) == pytest.approx((1 - other.mean, 1 - other.high))
 
 
@@ -99,12 +105,21 @@ def test_a_judge_that_goes_by_length_alone_tells_no_system_from_another() -> Non
     outcomes = (1 + np.sign(a - b)) / 2
     assert outcomes.mean() > 0.7
     found = length_controlled_win_rate(outcomes, a, b)
-    assert found.low < 0.5 < found.high
+    assert found is not None and found.low < 0.5 < found.high
+
+
+def test_nothing_is_told_where_one_response_is_always_the_longer() -> None:
+    rng = np.random.default_rng(0)
+    for outcomes in (np.ones(40), rng.integers(0, 2, 40)):
+        assert length_controlled_win_rate(outcomes, np.arange(40) + 60, np.arange(40)) is None
+        assert length_controlled_win_rate(outcomes, np.arange(40), np.arange(40) + 60) is None
 
 
 def test_wins_alone_have_the_interval_of_a_proportion() -> None:
     found = length_controlled_win_rate(np.ones(40), np.arange(40), np.zeros(40))
-    assert found.mean == 1 and 0.85 < found.low < 0.95 and found.high == pytest.approx(1)
+    assert (
+        found is not None and found.mean == 1 and 0.85 < found.low < 0.95 and found.high == pytest.approx(1)
+    )
 
 
 def test_the_length_controlled_interval_covers_the_truth() -> None:
@@ -114,6 +129,7 @@ def test_the_length_controlled_interval_covers_the_truth() -> None:
         logit = 0.4 + 0.8 * np.tanh(difference / np.std(difference))
         outcomes = (rng.random(200) < 1 / (1 + np.exp(-logit))).astype(float)
         found = length_controlled_win_rate(outcomes, difference, np.zeros(200))
+        assert found is not None
         covered.append(found.low <= 1 / (1 + np.exp(-0.4)) <= found.high)
     assert 0.93 <= np.mean(covered) <= 0.97
 

@@ -54,7 +54,7 @@ def report_of(systems: list[Scored]) -> dict[str, Any]:
     entries = {s.system.name: summarise(s, reference="sft", **OPTIONS) for s in systems}
     report = {
         "name": "a|<b>",
-        "num_prompts": len(HOSTILE),
+        "num_prompts": len(systems[0].generations),
         "baseline": "sft",
         "reference": "sft",
         "preferences_simulated": True,
@@ -137,7 +137,7 @@ def test_the_table_by_hand(systems: list[Scored], capsys: pytest.CaptureFixture[
     baseline, other = table_rows(report)
     # every response is 5 tokens, two 4-grams that differ, and four 2-grams that all responses share: 4 / 36
     assert baseline == ["sft", "1.23 [-1.00, 2.00]", "-", "<= 0.64", "5.0", "100%", "0.000", "0.11", "-"]
-    assert (other[3], other[8]) == ("0.50", "1.00 [1.00, 1.00]")
+    assert (other[3], other[8]) == ("0.50", "1.00 [0.70, 1.00]")
     print_table([list(COLUMNS), *table_rows(report)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and len({line.index("1") for line in lines[1:2]}) == 1
@@ -172,7 +172,7 @@ def test_who_beats_whom_by_hand(systems: list[Scored], tmp_path: Path) -> None:
     header, first, second = preference_table(report, "gold")
     assert header[0] == "system" and (first[0], second[0]) == ("p|po", "sft"), "the strongest first"
     won = len(HOSTILE)
-    assert first[2:4] == [f"{won} / 0 / 0", "1.00 [1.00, 1.00]"] and second[2:] == ["-"] * 4
+    assert first[2:4] == [f"{won} / 0 / 0", "1.00 [0.70, 1.00]"] and second[2:] == ["-"] * 4
     # Wilson's lower end of n wins of n is n / (n + z^2), here at lengths that are equal
     assert first[4] == f"1.00 [{won / (won + 1.959964**2):.2f}, 1.00]"
     assert first[5] == "2", "the difference is the same for every prompt"

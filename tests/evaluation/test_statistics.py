@@ -39,6 +39,15 @@ def golden_scores() -> tuple[np.ndarray, np.ndarray]:
     return baseline + difference, baseline
 
 
+def test_who_wins_everything_has_the_interval_of_a_proportion() -> None:
+    found, other = win_rate([2.0] * 16, [1.0] * 16), win_rate([1.0] * 16, [2.0] * 16)
+    # Wilson's bound of n of n: n / (n + 1.96^2)
+    assert (found.win_rate, found.high) == (1.0, 1.0) and found.low == pytest.approx(16 / 19.8415, abs=1e-4)
+    assert (other.low, other.high) == pytest.approx((1 - found.high, 1 - found.low))
+    copies = win_rate(np.full((16, 10), 2.0), np.full((16, 10), 1.0))
+    assert copies.low == found.low, "clustered by prompt"
+
+
 def test_win_rate_golden() -> None:
     found = win_rate(*golden_scores(), num_bootstrap=20_000, seed=0)
     assert (found.wins, found.ties, found.losses) == (52, 16, 32)

@@ -164,13 +164,16 @@ def test_generations_survive_the_disk(policy: Policy, tmp_path: Path) -> None:
         assert again == found
 
 
-def test_responses_from_elsewhere_are_told_by_their_prompts(policy: Policy, tmp_path: Path) -> None:
+def test_responses_from_elsewhere_are_told_by_their_prompts(
+    policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = tmp_path / "others.jsonl"
     rows = [{"prompt": prompt.prompt, "response": f" answer {i}"} for i, prompt in enumerate(PROMPTS)]
     more = [{"prompt": "of another set", "response": "x"}, {"prompt": PROMPTS[0].prompt, "response": "later"}]
     place.write_text("".join(json.dumps(row) + "\n" for row in [*rows[::-1], *more]), encoding="utf-8")
     [system] = build_systems({"other": {"generations": str(place)}}, DECODING)
     found = saved_responses(system, PROMPTS, policy.codec, on_bad_row="stop")
+    assert f"={place}: 1 rows are not used, whose prompt stands there before" in capsys.readouterr().out
     assert [g.response for g in found] == [row["response"] for row in rows]
     assert {(g.ended, g.logprob) for g in found} == {(None, None)}
     assert [policy.codec.decode_response(g.tokens) for g in found] == [g.response for g in found]
