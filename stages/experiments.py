@@ -174,6 +174,10 @@ def _method(  # noqa: PLR0913 (a method, the words of all stages, and what it st
 
 
 def _step(label: str, stage: str, words: list[str]) -> Step:
+    last: dict[str, str] = {}  # of each key the last word, which counts, in its place
+    for word in reversed(words):
+        last.setdefault(word.partition("=")[0], word)
+    words = [*last.values()][::-1]
     try:
         config = load_config(stage, words)
         place_of(config)

@@ -79,6 +79,9 @@ def test_overoptimization_is_ppo_with_every_coefficient_and_best_of_n(tmp_path: 
         "kl_0.1": {"checkpoints": str(first.folder)},
         "kl_0.0": {"checkpoints": str(second.folder)},
     }
+    for step in steps:
+        keys = [word.partition("=")[0] for word in step.words]
+        assert len(keys) == len(set(keys)) and "model=tiny" in step.words
     *_, own, _ = plan("overoptimization", [*words, "keep_every=5"])[1][0]
     assert own.config.keep_every == 5
 
