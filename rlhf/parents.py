@@ -203,7 +203,9 @@ def seen_in_training(parents: Sequence[Parent], keys: AbstractSet[str]) -> list[
     places = {each["path"] for record in stages.values() for each in record["parents"]}
     lost = sorted({Path(each).parent for each in places if not Path(each).exists()})
     found: list[dict[str, Any]] = [
-        {"stage": str(folder), "key": "", "shared": None} for folder in lost if folder.name in STAGES
+        {"stage": str(folder), "key": "", "shared": None}
+        for folder in lost
+        if folder.name in STAGES and str(folder.absolute()) not in stages
     ]
     for folder in stages:
         file = Path(folder) / TRAINED_ON_FILE

@@ -141,12 +141,10 @@ class PPORun:
                 log.write(step, metrics, seconds)
                 bar.update(config.batch_size)
                 bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("score", "kl", "length")})
-                last = step == config.updates
-                if (
-                    keep
-                    and config.keep_every
-                    and ((step % config.keep_every == 0 and not last) or (last and config.eval_every))
-                ):
+                due = config.keep_every and step % config.keep_every == 0
+                if step == config.updates:  # where another policy becomes the model
+                    due = config.keep_every and self.best.get("step", step) != step
+                if keep and due:
                     keep(step)
                 stop = any(self.engine.processes.all_of(bool(interrupted)))
                 if stop or (step % config.save_every == 0 and step < config.updates):

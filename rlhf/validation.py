@@ -248,7 +248,8 @@ def _check_ppo(config: PPOConfig) -> None:
         )
     if config.keep_every is not None and config.keep_every >= config.updates:
         raise ValueError(
-            f"keep_every={config.keep_every} of updates={config.updates} keeps nothing on the way: give fewer"
+            f"keep_every={config.keep_every} of updates={config.updates} keeps nothing on the way: give "
+            "fewer, or more updates"
         )
     if config.algo == "rloo" and config.rollouts_per_prompt < 2:
         raise ValueError(

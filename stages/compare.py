@@ -71,6 +71,8 @@ def run(overrides: list[str]) -> int:
 
 def in_one_line(report: dict[str, Any]) -> str:
     """Which of a and b is better, by the judge that was asked, else by gold, else by proxy."""
+    from rlhf.evaluation.measures import LEAST_ROWS
+
     rates = {each["judge"]: each for each in report["win_rates"]}
     if not rates:
         return "a and b could not be compared: the judge gave no verdict that could be read"
@@ -78,7 +80,9 @@ def in_one_line(report: dict[str, Any]) -> str:
     rate, even = rates[judge], rates[judge]["length_controlled"]
     differences = [each for each in report["differences"] if each["judge"] == judge]
     low, high = _ends(rate, differences)
+    few = rate["wins"] + rate["ties"] + rate["losses"] < LEAST_ROWS
     word = "beats" if low > 0 else "loses to" if high < 0 else "cannot be told from"
+    word = "cannot, by so few prompts, be told from" if few else word
     by = report["judge"]["model"] if judge == "judge" else report[judge]
     parts = [
         f"a {word} b by {judge} ({by})",

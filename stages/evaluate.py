@@ -54,7 +54,7 @@ def main(overrides: list[str]) -> int:
     stage = Stage("evaluate", overrides)
     config, folder = stage.config, stage.folder
     systems = build_systems(config.systems, decoding_in(config))
-    systems = [s if s.is_saved else replace(s, path=resolved(s.path, config.model)) for s in systems]
+    systems = [s if s.is_saved else with_places(s, config.model) for s in systems]
     parents = stage.find_parents()
     for system in systems:  # a name that leads nowhere is found before the first sample
         if not system.is_saved:
@@ -134,6 +134,12 @@ def main(overrides: list[str]) -> int:
         print(note)
     print(f"{report['verdict']}\nreport: {folder.path / 'report.html'} ({stage.cost_in_words()})")
     return 0 if all(gate["passed"] for gate in report["gates"]) else GATE_STATUS
+
+
+def with_places(system: System, model: Any) -> System:
+    """A system whose paths are folders or hub names."""
+    origin = system.origin and resolved(system.origin, model)
+    return replace(system, path=resolved(system.path, model), origin=origin)
 
 
 def baseline_of(config: Any, names: Sequence[str]) -> str:

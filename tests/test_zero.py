@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlhf.checkpoint import StageFolder
 from rlhf.config import load_config
@@ -79,6 +80,7 @@ def test_training_has_the_numbers_of_one_process_without_deepspeed(
         ("rm", "zero3", 2, ["adapter=lora", "adapter.r=4", "engine.tokens_per_pass=60"]),
         ("ppo", "zero3", 2, ["algo=rloo", "rollouts_per_prompt=2", "ptx_coef=0.1", "epochs=2"]),
         ("ppo", "zero3", 2, ["engine.tokens_per_pass=100", "minibatches=3", "gradient_checkpointing=true"]),
+        ("ppo", "zero3", 2, ["keep_every=2", "save_every=2"]),
         ("ppo", "zero3", 3, ["adapter=lora", "adapter.r=4", "batch_size=2", "minibatches=1"]),
     ],
 )
@@ -92,6 +94,9 @@ def test_every_kind_of_run_has_the_numbers_of_one_process(  # noqa: PLR0913 (fix
     assert result.status == 0, result.output
     ours, theirs = (read_lines(run / stage / "metrics.jsonl") for run in (several, alone))
     assert all(close(mine, other) for mine, other in zip(ours, theirs, strict=True)), (ours, theirs)
+    for name in ("update_2", "model") if "keep_every=2" in settings else ():
+        kept, other = (load_file(run / stage / name / "model.safetensors") for run in (several, alone))
+        assert all(torch.allclose(kept[key], other[key], atol=1e-5) for key in other), name
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ def main_system(report: Mapping[str, Any]) -> str:
     if "ppo" in others or not others:
         return "ppo" if others else report["baseline"]
     points = [p for curve in report["overoptimization"].values() for p in curve["points"]]
-    points = [p for p in points if p["update"] is not None and p["gold"] is not None]
+    points = [p for p in points if p["update"] is not None and p["gold"] and p["system"] in others]
     best = max(points, key=lambda point: point["gold"]["mean"], default={"system": others[-1]})
     return best["system"]
 
@@ -240,6 +240,8 @@ def verdict(report: dict[str, Any]) -> str:
     by_judge = [r for r in report["win_rates"] if r["a"] == name and r["judge"] == "judge"]
     if not by_gold and not by_judge:
         return f"No gold scorer: whether {name} is better than {baseline} is not known."
+    if not by_gold and sum(by_judge[0][key] for key in ("wins", "ties", "losses")) < LEAST_ROWS:
+        return f"The judge gave too few verdicts to tell {name} from {baseline}."
     kl = systems[name]["kl"]
     at = "" if kl is None else f" at a KL of {kl:.2f} nats per response"
     told = f"win rate {_words(by_judge[0], 'win_rate', '.2f')}" if by_judge else ""
@@ -251,8 +253,12 @@ def verdict(report: dict[str, Any]) -> str:
         word = "is better than" if found["low"] > even else "is WORSE than"
     judged = f" By the judge: {told}." if by_gold and by_judge else ""
     signs = len(report["warnings"].get(name, []))
-    hacked = f" Signs of a hacked reward: {signs}, named below." if signs else ""
-    return f"{name} {word} {baseline} {by}: {seen}{at}.{judged}{hacked}"
+    hacked = f" Signs of a hacked reward, which the report names: {signs}." if signs else ""
+    chosen = any(
+        point["system"] == name for curve in report["overoptimization"].values() for point in curve["points"]
+    )
+    which = ", which gold prefers on these prompts," if by_gold and chosen and name != "ppo" else ""
+    return f"{name}{which} {word} {baseline} {by}: {seen}{at}.{judged}{hacked}"
 
 
 def _words(found: Mapping[str, float], mean: str, form: str) -> str:

@@ -59,8 +59,10 @@ def combined(values: Sequence[Any]) -> Any:
         for mean, low, high in INTERVALS:
             if found.keys() >= {mean, low, high}:
                 means = [value[mean] for value in values if value[mean] is not None]
-                whole = len(means) == len(values)  # a mean that is None has no end
-                found |= {low: min(means, default=None), high: max(means) if whole else None}
+                whole = len(means) == len(values)
+                # a mean that is None has no end, but a KL that is None is not known
+                lowest = min(means, default=None) if whole or mean == "mean" else None
+                found |= {low: lowest, high: max(means) if whole else None}
         return found
     if isinstance(first, list):
         by_identity = [{_identity(each): each for each in value} for value in values]

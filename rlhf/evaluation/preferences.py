@@ -11,6 +11,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rlhf.evaluation.measures import LEAST_ROWS
 from rlhf.evaluation.statistics import Estimate, Floats, bootstrap_of_means, wilson_interval
 
 RIDGE = 1e-6  # on strengths: a system that never loses has a large one, not an endless one
@@ -23,9 +24,9 @@ def bradley_terry(outcomes: ArrayLike, *, num_bootstrap: int = 2000, seed: int =
     other way round 1 less it; the diagonal does not count, and nan is a pair that was not compared.
 
     P(i beats j) = sigmoid(strength_i - strength_j); they sum to 0. Ties are half a win for each; 95%
-    intervals resample prompts. Of a system that won or lost everything the strength has no end: its interval
-    is open there, and at its other end what it would be at Wilson's bound of its win rate. Bradley and Terry
-    (1952), Biometrika 39:324.
+    intervals resample prompts. Where some systems won everything against the others there are no likeliest
+    strengths: with one tie more for every pair they are finite, and give the order; their intervals are open.
+    Bradley and Terry (1952), Biometrika 39:324.
     """
     array = np.asarray(outcomes, dtype=np.float64)
     assert array.ndim == 3 and array.shape[1] == array.shape[2] > 1, array.shape
@@ -36,21 +37,21 @@ def bradley_terry(outcomes: ArrayLike, *, num_bootstrap: int = 2000, seed: int =
         wins, games = np.moveaxis(means.reshape(*means.shape[:-1], *rows.shape[1:]), -3, 0)
         return fit_strengths(wins, games)
 
-    found = bootstrap_of_means(rows.reshape(len(rows), -1), strengths, num_bootstrap=num_bootstrap, seed=seed)
     wins, games = rows.mean(axis=0)
-    return [_open_ended(i, each, wins, games, len(rows)) for i, each in enumerate(found)]
+    if not _connected(wins):
+        tied = fit_strengths(wins + 0.5 * (games > 0) / len(rows), games + (games > 0) / len(rows))
+        return [Estimate(float(each), -math.inf, math.inf) for each in tied]
+    return bootstrap_of_means(rows.reshape(len(rows), -1), strengths, num_bootstrap=num_bootstrap, seed=seed)
 
 
-def _open_ended(i: int, estimate: Estimate, wins: Floats, games: Floats, prompts: int) -> Estimate:
-    """The estimate of system i, for wins and games (S, S) a prompt; open where it won, or lost, every one."""
-    won, played = wins[i].sum(), games[i].sum()
-    if played == 0 or 0 < won < played:
-        return estimate
-    rate = wilson_interval(prompts, prompts)[0] if won else 1 - wilson_interval(prompts, prompts)[0]
-    other = wins.copy()
-    other[i], other[:, i] = rate * games[i], (1 - rate) * games[:, i]
-    end = float(fit_strengths(other, games)[i])
-    return Estimate(estimate.mean, end, math.inf) if won else Estimate(estimate.mean, -math.inf, end)
+def _connected(wins: Floats) -> bool:
+    """Whether every system (wins: (S, S)) has beaten, or tied with, one that has another, up to all of them:
+    else no strengths are likeliest. Ford (1957), American Mathematical Monthly 64(8):28.
+    """
+    reached = (wins > 0) | np.eye(len(wins), dtype=bool)
+    for _ in range(len(wins)):
+        reached = reached @ reached
+    return bool(reached.all())
 
 
 def fit_strengths(wins: Floats, games: Floats) -> Floats:
@@ -76,7 +77,7 @@ def length_controlled_win_rate(
     outcomes: ArrayLike, lengths_a: ArrayLike, lengths_b: ArrayLike
 ) -> Estimate | None:
     """Return a's win rate over b if all their responses were of the same length, with its 95% interval; None
-    where one of them has the longer response to every prompt: nothing tells then.
+    where either has the longer response to fewer than ten prompts, those of one length counted: too few tell.
 
     outcomes, lengths_a, lengths_b: (P,). The logistic regression of outcomes on tanh(d / std(d)), d the
     difference of lengths, read at d = 0; the interval is the sandwich estimator's (White 1982), on the
@@ -84,7 +85,7 @@ def length_controlled_win_rate(
     """
     outcome, difference = np.asarray(outcomes, dtype=np.float64), np.subtract(lengths_a, lengths_b)
     assert outcome.ndim == 1 and outcome.shape == difference.shape and outcome.size > 0, outcome.shape
-    if difference.min() > 0 or difference.max() < 0:
+    if min((difference <= 0).sum(), (difference >= 0).sum()) < LEAST_ROWS:
         return None
     if np.ptp(outcome) == 0 and outcome[0] != 0.5:
         return Estimate(float(outcome[0]), *wilson_interval(float(outcome.sum()), len(outcome)))

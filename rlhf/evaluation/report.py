@@ -35,7 +35,7 @@ EXPOSURE = (
     "after own ones. docs/exposure.md has each measure and its source."
 )
 BANDS = "Means over the seeds; in brackets the lowest and the highest seed."
-ENDS = ("mean", "low", "high")
+ENDS = {"mean": "inf", "low": "-inf", "high": "inf"}  # what is said of one that is not finite
 OVERLAPS = {"rouge_l": "ROUGE-L", "bleu": "BLEU"}
 PREFERENCE_COLUMNS = (
     *("system", "strength", "wins / ties / losses", "win rate", "the same at equal length"),
@@ -338,5 +338,7 @@ def escaped(text: str) -> str:
 def _interval(entry: Mapping[str, float | None] | None) -> str:
     if entry is None:
         return "-"
-    mean, low, high = ("inf" if (end := entry[key]) is None else f"{end:.2f}" for key in ENDS)
+    mean, low, high = (
+        open_end if entry[key] is None else f"{entry[key]:.2f}" for key, open_end in ENDS.items()
+    )
     return f"{mean} [{low}, {high}]"

@@ -128,7 +128,8 @@ def wilson_interval(successes: float, total: int, *, level: float = 0.95) -> tup
     centre = share + z**2 / (2 * total)
     half = z * (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5
     scale = 1 + z**2 / total
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    low = 0.0 if successes == 0 else max(0.0, (centre - half) / scale)
+    return low, 1.0 if successes == total else min(1.0, (centre + half) / scale)
 
 
 def pearson(x: ArrayLike, y: ArrayLike) -> float | None:

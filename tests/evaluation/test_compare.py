@@ -125,8 +125,10 @@ def test_the_verdict_is_on_the_checkpoint_that_gold_prefers() -> None:
         for name, update, gain in (("run_8", 8, 2.0), ("run", 16, 1.0))
     ]
     report = report_of(*systems, baseline="sft") | {"overoptimization": {"run": {"points": points}}}
-    assert main_system(report) == "run_8" and verdict(report).startswith("run_8 is better than sft")
+    assert main_system(report) == "run_8" and verdict(report).startswith("run_8")
+    assert "run_8, which gold prefers on these prompts, is better than sft" in verdict(report)
     assert main_system(report | {"overoptimization": {}}) == "run"
+    assert main_system(report | {"baseline": "run_8"}) == "run"
 
 
 def test_the_verdict_is_held_back_by_few_prompts_and_tells_of_judges_and_signs() -> None:
@@ -135,11 +137,14 @@ def test_the_verdict_is_held_back_by_few_prompts_and_tells_of_judges_and_signs()
     assert verdict(report | {"num_prompts": 1}) == "1 prompt: too few to tell ppo from sft."
     assert verdict(report | {"num_prompts": 9}) == "9 prompts: too few to tell ppo from sft."
     judged = {"a": "ppo", "b": "sft", "judge": "judge", "win_rate": 0.25, "low": 0.1, "high": 0.4}
+    judged |= {"wins": 1, "ties": 0, "losses": 3}
     told = report | {"win_rates": [*report["win_rates"], judged], "warnings": {"ppo": ["a", "b"]}}
     assert verdict(told) == (
         "ppo is better than sft by the gold scorer: +3.00 [+3.00, +3.00]. By the judge: win rate 0.25 "
-        "[0.10, 0.40]. Signs of a hacked reward: 2, named below."
+        "[0.10, 0.40]. Signs of a hacked reward, which the report names: 2."
     )
+    by_judge = told | {"differences": [], "win_rates": [judged]}
+    assert verdict(by_judge) == "The judge gave too few verdicts to tell ppo from sft."
 
 
 def test_the_verdict_needs_a_gold_scorer_and_another_system() -> None:

@@ -103,6 +103,8 @@ def test_a_judge_that_one_seed_lacks_is_nobodys_else() -> None:
 def test_a_mean_without_a_value_in_one_seed_has_no_highest() -> None:
     one, two = ({"mean": mean, "low": low, "high": None} for mean, low in ((None, 3.2), (5.0, 4.0)))
     assert combined([one, two]) == {"mean": None, "low": 5.0, "high": None}
+    one, two = ({"kl": kl, "kl_low": kl, "kl_high": kl} for kl in (None, 5.0))
+    assert combined([one, two]) == {"kl": None, "kl_low": None, "kl_high": None}
 
 
 def test_lengths_are_those_that_all_seeds_have(tmp_path: Path) -> None:

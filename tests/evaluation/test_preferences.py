@@ -57,16 +57,20 @@ def test_the_order_of_systems_does_not_matter_and_pairs_may_be_missing() -> None
     assert np.diff(found) == pytest.approx([np.log(share / (1 - share)) for share in shares], abs=1e-4)
 
 
-def test_a_system_that_never_loses_has_an_open_interval_above_all() -> None:
-    scores = np.stack([np.full(50, 9.0), *np.random.default_rng(0).normal(size=(2, 50))])
-    best, *others = bradley_terry(outcomes_of(scores), num_bootstrap=50)
-    assert np.isfinite(best.mean) and best.high == np.inf
-    # at Wilson's bound of 50 of 50, .9286, it is logit(.9286) = 2.565 above others that are equals: 2/3 of it
-    assert best.low == pytest.approx(1.71, abs=0.01)
-    assert best.mean > best.low > max(each.mean for each in others)
-    *rest, worst = bradley_terry(outcomes_of(-scores[::-1]), num_bootstrap=50)
-    assert worst.low == -np.inf and worst.high == pytest.approx(-best.low)
-    assert all(np.isfinite([each.low, each.high]).all() for each in rest)
+def test_where_some_win_everything_there_is_an_order_and_no_interval() -> None:
+    rng = np.random.default_rng(0)
+    undefeated = np.stack([np.full(50, 9.0), *rng.normal(size=(2, 50))])
+    best, *others = bradley_terry(outcomes_of(undefeated), num_bootstrap=50)
+    assert best.mean > max(each.mean for each in others) and np.isfinite(best.mean)
+    # two that beat one another, and both always a third: no one won everything, and there are no strengths
+    pair = np.stack([*rng.normal(size=(2, 50)), np.full(50, -9.0)])
+    chain = np.stack([np.full(50, each) for each in (3.0, 2.0, 1.0)])
+    for scores in (undefeated, pair, chain):
+        found = bradley_terry(outcomes_of(scores), num_bootstrap=50)
+        assert all((each.low, each.high) == (-np.inf, np.inf) for each in found)
+    assert [each.mean > 0 for each in bradley_terry(outcomes_of(pair))] == [True, True, False]
+    first, second, third = bradley_terry(outcomes_of(chain))
+    assert first.mean > second.mean > third.mean and second.mean == pytest.approx(0)
 
 
 def test_strengths_cover_the_truth() -> None:
@@ -116,10 +120,21 @@ def test_nothing_is_told_where_one_response_is_always_the_longer() -> None:
 
 
 def test_wins_alone_have_the_interval_of_a_proportion() -> None:
-    found = length_controlled_win_rate(np.ones(40), np.arange(40), np.zeros(40))
-    assert (
-        found is not None and found.mean == 1 and 0.85 < found.low < 0.95 and found.high == pytest.approx(1)
-    )
+    found = length_controlled_win_rate(np.ones(40), np.arange(40), np.full(40, 15))
+    assert found is not None and found.mean == found.high == 1 and 0.85 < found.low < 0.95
+
+
+def test_ten_prompts_on_either_side_are_enough_and_nine_are_not() -> None:
+    rng, covered = np.random.default_rng(6), []
+    for _ in range(400):
+        difference = rng.normal(60, 8, 100)
+        difference[:10] = 0
+        outcomes = (rng.random(100) < 0.7).astype(float)  # whatever the length
+        found = length_controlled_win_rate(outcomes, difference, np.zeros(100))
+        assert found is not None
+        covered.append(found.low <= 0.7 <= found.high)
+    assert np.mean(covered) > 0.85  # the sandwich's interval is of many rows
+    assert length_controlled_win_rate(outcomes, np.where(np.arange(100) < 9, 0, 60), np.zeros(100)) is None
 
 
 def test_the_length_controlled_interval_covers_the_truth() -> None:

@@ -44,6 +44,8 @@ def test_who_wins_everything_has_the_interval_of_a_proportion() -> None:
     # Wilson's bound of n of n: n / (n + 1.96^2)
     assert (found.win_rate, found.high) == (1.0, 1.0) and found.low == pytest.approx(16 / 19.8415, abs=1e-4)
     assert (other.low, other.high) == pytest.approx((1 - found.high, 1 - found.low))
+    for total in range(1, 600):  # plots take no negative width
+        assert wilson_interval(total, total)[1] == 1.0 and wilson_interval(0, total)[0] == 0.0
     copies = win_rate(np.full((16, 10), 2.0), np.full((16, 10), 1.0))
     assert copies.low == found.low, "clustered by prompt"
 
