@@ -10,6 +10,7 @@ from typing import Any
 from rlhf.evaluation.overoptimization import predicted
 
 FOREGROUND = "#101112"  # of text and lines; a colour of the page in its place on a page
+MOST_INSIDE = 10  # names of a legend that leave room for what is drawn
 CURVES = {
     "score": "reward's score",
     "kl": "KL to the start, nats per response",
@@ -86,8 +87,12 @@ def plot_diversity(report: dict[str, Any]) -> Any:
         sides = [[[e["mean"] - e["low"]], [e["high"] - e["mean"]]] for e in (x, y)]
         axis.errorbar(x["mean"], y["mean"], xerr=sides[0], yerr=sides[1], fmt="o", capsize=3, label=name)
     axis.set_xlabel("diversity")
-    axis.set_title(f"{judge} score against diversity, {_bands(report)}")
-    axis.legend()
+    axis.set_title(f"{judge} score against diversity, {_bands(report)}", fontsize=10)
+    if len(report["systems"]) > MOST_INSIDE:
+        columns = 1 + len(report["systems"]) // 14
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=6, ncols=columns)
+    else:
+        axis.legend()
     axis.grid(alpha=0.3)
     return figure
 
