@@ -220,10 +220,15 @@ def main_system(report: Mapping[str, Any]) -> str:
     others = [name for name in report["systems"] if name != report["baseline"]]
     if "ppo" in others or not others:
         return "ppo" if others else report["baseline"]
-    points = [p for curve in report["overoptimization"].values() for p in curve["points"]]
-    points = [p for p in points if p["update"] is not None and p["gold"] and p["system"] in others]
+    points = [point for point in _checkpoints(report) if point["gold"] and point["system"] in others]
     best = max(points, key=lambda point: point["gold"]["mean"], default={"system": others[-1]})
     return best["system"]
+
+
+def _checkpoints(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The points of all runs on their curves."""
+    points = [point for curve in report["overoptimization"].values() for point in curve["points"]]
+    return [point for point in points if point["update"] is not None]
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -254,10 +259,8 @@ def verdict(report: dict[str, Any]) -> str:
     judged = f" By the judge: {told}." if by_gold and by_judge else ""
     signs = len(report["warnings"].get(name, []))
     hacked = f" Signs of a hacked reward, which the report names: {signs}." if signs else ""
-    chosen = any(
-        point["system"] == name for curve in report["overoptimization"].values() for point in curve["points"]
-    )
-    which = ", which gold prefers on these prompts," if by_gold and chosen and name != "ppo" else ""
+    chosen = name != "ppo" and any(point["system"] == name for point in _checkpoints(report))
+    which = ", which gold prefers on these prompts," if by_gold and chosen else ""
     return f"{name}{which} {word} {baseline} {by}: {seen}{at}.{judged}{hacked}"
 
 

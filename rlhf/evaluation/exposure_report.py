@@ -17,11 +17,11 @@ from rlhf.evaluation.plots import (
     saved,
 )
 from rlhf.evaluation.report import (
-    BANDS,
     COLUMNS,
     EXPOSURE,
     OVERLAPS,
     SIMULATED,
+    bands_in_words,
     escaped,
     exposure_table,
     notes_in_words,
@@ -165,13 +165,12 @@ def write_comparison(
 
 def _markdown(report: dict[str, Any], seeds: dict[int, Path], plots: Sequence[str]) -> str:
     numbers = ", ".join(map(str, seeds))
-    spread = "Intervals are 95% (bootstrap over prompts)." if len(seeds) == 1 else BANDS
     simulated = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
     return (
         f"# {escaped(report['name'])}\n{simulated}\n"
         f"Seeds {numbers}; {prompts_in_words(report)}, one response each, the same for all. "
-        f"{spread} KL is to `{report['reference']}` in nats per response; of a system that draws nothing "
-        f"its log-prob counts as 0. The oracle is `{report['oracle']}`.\n\n"
+        f"{bands_in_words(report)} KL is to `{report['reference']}` in nats per response; of a system that "
+        f"draws nothing its log-prob counts as 0. The oracle is `{report['oracle']}`.\n\n"
         f"{table(comparison_table(report))}\n"
         f"{EXPOSURE}\n\n"
         + "".join(f"- {escaped(note)}\n" for note in notes_in_words(report))

@@ -151,10 +151,10 @@ def _highest(alpha: Floats, beta: Floats, form: str) -> tuple[Floats, Floats]:
         return np.where(beta > 0, place**2, np.inf), np.where(beta > 0, gain, np.inf)
 
 
-def preferred(curve: Mapping[str, Any], judge: str = "gold") -> dict[str, Any] | None:
-    """The point of a curve that a scorer likes best; None where it did not score."""
-    points = [point for point in curve["points"] if point[judge] is not None]
-    return max(points, key=lambda point: point[judge]["mean"], default=None)
+def preferred(curve: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The point of a curve that gold likes best; None where it did not score."""
+    points = [point for point in curve["points"] if point["gold"] is not None]
+    return max(points, key=lambda point: point["gold"]["mean"], default=None)
 
 
 def warnings(found: Mapping[str, Any]) -> dict[str, str]:

@@ -16,12 +16,12 @@ from rlhf.evaluation import plots
 from rlhf.evaluation.compare import Scored, main_system
 from rlhf.evaluation.hacking import highest
 from rlhf.evaluation.report import (
-    BANDS,
     COLUMNS,
     EXPOSURE,
     OVEROPTIMIZATION,
     PREFERENCES,
     SIMULATED,
+    bands_in_words,
     curves_table,
     exposure_table,
     kl_in_words,
@@ -88,7 +88,7 @@ def write_page(
         samples=list(_samples(report["baseline"], main, scored)) if main else [],
         printed=PRINTED,
         seeds=seeds,
-        bands=BANDS if len(report.get("seeds", ())) > 1 else "Intervals are 95% (bootstrap over prompts).",
+        bands=bands_in_words(report),
         origins=_origins(stages),
         settings=dict(_settings(stages)),
     )

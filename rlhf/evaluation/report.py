@@ -34,7 +34,6 @@ EXPOSURE = (
     "Log-prob (by the oracle, per token) and gold score of continuations: after gold prefixes, less those "
     "after own ones. docs/exposure.md has each measure and its source."
 )
-BANDS = "Means over the seeds; in brackets the lowest and the highest seed."
 ENDS = {"mean": "inf", "low": "-inf", "high": "inf"}  # what is said of one that is not finite
 OVERLAPS = {"rouge_l": "ROUGE-L", "bleu": "BLEU"}
 PREFERENCE_COLUMNS = (
@@ -185,6 +184,13 @@ def prompts_in_words(report: dict[str, Any]) -> str:
     return f"{number} prompts, {seen} of them trained on" if seen else f"{number} {none}"
 
 
+def bands_in_words(report: dict[str, Any]) -> str:
+    """What the brackets of the tables are."""
+    if len(report.get("seeds", ())) > 1:
+        return "Means over the seeds; in brackets the lowest and the highest seed."
+    return "Intervals are 95% (bootstrap over prompts)."
+
+
 def kl_in_words(report: dict[str, Any]) -> str:
     """What KL is measured to; nothing where it is not."""
     return f"KL is to {report['reference']}, a bound for best-of-n." if report["reference"] else ""
@@ -268,7 +274,7 @@ def _markdown(
     return (
         f"# {escaped(report['name'])}\n\n**{escaped(report['verdict'])}**\n{note}\n"
         f"{prompts_in_words(report)}, one response each; the same decoding, length limit and "
-        f"random numbers for all. Intervals are 95% (bootstrap over prompts). {escaped(kl_in_words(report))} "
+        f"random numbers for all. {bands_in_words(report)} {escaped(kl_in_words(report))} "
         f"Wins are against `{report['baseline']}`.\n\n"
         f"{scores}\n{images}\n\n{_preferences(report)}"
         f"## Is the reward hacked?\n\n{warned or 'No sign of it.'}\n\n{table(signals_table(report))}\n"

@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf.evaluation.exposure_report import combined, warnings_of
 from rlhf.evaluation.page import write_page
-from rlhf.evaluation.report import BANDS, COLUMNS, escaped, notes_in_words, table, table_rows
+from rlhf.evaluation.report import COLUMNS, bands_in_words, escaped, notes_in_words, table, table_rows
 from rlhf.files import write_text
 
 
@@ -105,10 +105,9 @@ def _markdown(report: dict[str, Any]) -> str:
     checks = "".join(f"- {escaped(line)}\n" for line in told)
     seeds = ", ".join(map(str, [*report["seeds"], *report["failed_seeds"]]))
     verdict = f"**{escaped(report['verdict'])}**\n\n" if report["verdict"] else ""
-    spread = BANDS if len(report["seeds"]) > 1 else "One seed; intervals are 95% (bootstrap over prompts)."
     return (
         f"# {escaped(report['name'])}: seeds {seeds}\n\n"
-        f"{verdict}{spread} "
+        f"{verdict}{bands_in_words(report)} "
         f"Wins are against `{report['baseline']}`.\n\n"
         f"{table([list(COLUMNS), *table_rows(report)])}\n"
         f"## Every seed: {report['judge_of_seeds']}, less {escaped(report['baseline'])}\n\n"

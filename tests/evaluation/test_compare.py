@@ -128,6 +128,8 @@ def test_the_verdict_is_on_the_checkpoint_that_gold_prefers() -> None:
     assert main_system(report) == "run_8" and verdict(report).startswith("run_8")
     assert "run_8, which gold prefers on these prompts, is better than sft" in verdict(report)
     assert main_system(report | {"overoptimization": {}}) == "run"
+    best_of = {"overoptimization": {"run": {"points": [point | {"update": None} for point in points]}}}
+    assert verdict(report | best_of).startswith("run is better than sft"), "the last one, whom nobody chose"
     assert main_system(report | {"baseline": "run_8"}) == "run"
 
 

@@ -179,7 +179,8 @@ def test_there_is_no_fit_where_kl_does_not_begin_at_the_baseline() -> None:
     systems = [member("sft", 0.0, 0.0, 2.0), *run_of([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])]
     assert report_of(*systems)["overoptimization"]["ppo"]["fit"] is not None
     elsewhere = report_of(*systems, reference="base")["overoptimization"]["ppo"]
-    assert elsewhere["fit"] is None and preferred(elsewhere)["system"] == "ppo"  # type: ignore[index]
+    best = preferred(elsewhere)
+    assert elsewhere["fit"] is None and best is not None and best["system"] == "ppo"
     warm = replace(systems[0], system=replace(systems[0].system, decoding=Decoding(8, temperature=0.5)))
     assert report_of(warm, *systems[1:])["overoptimization"]["ppo"]["fit"] is None
     rising = curves_table({"overoptimization": report_of(*systems)["overoptimization"]})[1]
