@@ -80,4 +80,7 @@ class Descent:
 
 def _add(sums: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Add gradients into those so far; no second set of them is held."""
-    return [b if a is None else a if b is None else a.add_(b) for a, b in zip(sums, new, strict=True)]
+    both = [(a, b) for a, b in zip(sums, new, strict=True) if a is not None and b is not None]
+    if both:
+        torch._foreach_add_(*map(list, zip(*both, strict=True)))
+    return [b if a is None else a for a, b in zip(sums, new, strict=True)]

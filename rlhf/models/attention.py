@@ -182,7 +182,7 @@ class _TurnedAttention(torch.autograd.Function):
             blocks = _causal_blocks(count, length, group, q)
         else:
             sizes = (rows, heads.num_keys, group, count, length)
-            blocks = [(slice(None), length, _additive(wanted.mask, q, sizes))]
+            blocks = [(q.shape[1], length, _additive(wanted.mask, q, sizes))]
         result, weights = _attend(q, k, v, heads.scale, blocks)
         ctx.save_for_backward(q, k, v, *weights)
         ctx.tables, ctx.heads, ctx.wanted, ctx.blocks = tables, heads, wanted, [block[:2] for block in blocks]
@@ -219,7 +219,7 @@ class _TurnedAttention(torch.autograd.Function):
 def split_values(x: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
     """What stands before the last K heads of x (..., heads * D), and these."""
     size = heads.num_keys * heads.width
-    before, last = x.split([x.shape[-1] - size, size], dim=-1)
+    before, last = x.split_with_sizes([x.shape[-1] - size, size], dim=-1)
     return before, last
 
 
@@ -229,19 +229,19 @@ def _grouped(q: Tensor, heads: Heads) -> Tensor:
     return q.reshape(len(q) * heads.num_keys, -1, heads.width)
 
 
-Block = tuple[slice, int, Tensor]  # queries, how many keys they see, and what is added to their products
+Block = tuple[int, int, Tensor]  # rows, how many keys they see, and what is added to their products
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Sequence[Block]
 ) -> tuple[Tensor, list[Tensor]]:
     """The attention (N, Q * G, D) of q to k and v (N, D, T), and each block's weights."""
-    result, weights = torch.empty_like(q), []
-    for rows, keys, added in blocks:
-        seen = torch.baddbmm(added, q[:, rows], k[..., :keys], alpha=scale)
+    results, weights = list[Tensor](), list[Tensor]()
+    for (_, keys, added), own_q in zip(blocks, _split(q, blocks), strict=True):
+        seen = torch.baddbmm(added, own_q, k.narrow(-1, 0, keys), alpha=scale)
         weights.append(seen.softmax(-1))
-        result[:, rows] = _product(weights[-1], v[..., :keys])
-    return result, weights
+        results.append(_product(weights[-1], v.narrow(-1, 0, keys)))
+    return torch.cat(results, dim=1), weights
 
 
 def _attend_back(  # noqa: PLR0913 (the tensors of the equation)
@@ -251,23 +251,30 @@ def _attend_back(  # noqa: PLR0913 (the tensors of the equation)
     v: Tensor,
     weights: Sequence[Tensor],
     scale: float,
-    blocks: Sequence[tuple[slice, int]],
+    blocks: Sequence[tuple[int, int]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q (N, Q * G, D), k and v (N, D, T), these in float32 at least. The last block sees all
     keys.
     """
-    grad_q, sums = torch.empty_like(q), list[Tensor]()  # of k and v
+    of_q, sums = list[Tensor](), list[Tensor]()  # of k and v
     exact = torch.promote_types(q.dtype, torch.float32)
-    for (rows, keys), weight in reversed(list(zip(blocks, weights, strict=True))):
-        own_q, own = q[:, rows], grad[:, rows]
-        products = torch.bmm(own, v[..., :keys])
+    parts = zip(blocks, _split(q, blocks), _split(grad, blocks), weights, strict=True)
+    for (_, keys), own_q, own, weight in reversed(list(parts)):
+        products = torch.bmm(own, v.narrow(-1, 0, keys))
         products = torch._softmax_backward_data(products, weight, -1, weight.dtype)
-        grad_q[:, rows] = _product(products, k[..., :keys])
-        parts = [torch.bmm(own_q.mT, products), torch.bmm(own.mT, weight)]
-        for total, part in zip(sums, parts, strict=False):
-            total[..., :keys].add_(part)
-        sums = sums or [part.to(exact) for part in parts]
-    return grad_q.mul_(scale), sums[0].mul_(scale), sums[1]
+        of_q.append(_product(products, k.narrow(-1, 0, keys)))
+        of_k, of_v = torch.bmm(own_q.mT, products), torch.bmm(own.mT, weight)
+        if sums:
+            sums[0].narrow(-1, 0, keys).add_(of_k)
+            sums[1].narrow(-1, 0, keys).add_(of_v)
+        else:
+            sums = [of_k.to(exact), of_v.to(exact)]
+    return torch.cat(of_q[::-1], dim=1).mul_(scale), sums[0].mul_(scale), sums[1]
+
+
+def _split(x: Tensor, blocks: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The rows (N, rows, D) of each block."""
+    return x.split_with_sizes([block[0] for block in blocks], dim=1)
 
 
 def _causal_blocks(queries: int, keys: int, group: int, like: Tensor) -> list[Block]:
@@ -277,8 +284,8 @@ def _causal_blocks(queries: int, keys: int, group: int, like: Tensor) -> list[Bl
     blocks = []
     for start, stop in zip([0, *stops], stops, strict=False):
         seen = keys - queries + stop
-        added = _future(stop - start, seen, group, like.dtype, like.device).expand(len(like), -1, -1)
-        blocks.append((slice(start * group, stop * group), seen, added))
+        added = _future(stop - start, seen, group, like.dtype, like.device)
+        blocks.append(((stop - start) * group, seen, added))
     return blocks
 
 

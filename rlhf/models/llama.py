@@ -21,7 +21,17 @@ from rlhf.derived import derived
 from rlhf.models import attention
 from rlhf.models.attention import Heads, Tables, Wanted, split_values, turn, turned_attention
 from rlhf.models.lora import parts_of, type_of_products
-from rlhf.models.products import GATE, Parts, RmsNorm, Whole, join, layers_of, products, tensors_of
+from rlhf.models.products import (
+    GATE,
+    Parts,
+    RmsNorm,
+    Whole,
+    begin,
+    join,
+    layers_of,
+    products,
+    tensors_of,
+)
 
 MODELS = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 NUM_MATRICES = 7  # of a layer
@@ -146,21 +156,27 @@ class _AfterAttention(torch.autograd.Function):
         output, gate_up, down = wholes
         with torch.autocast(found.device.type, enabled=False):
             y, low_found = output.outputs(found)
-            gated, low_normed = gate_up.outputs(norm.forward(y.add_(x), weight))
-            result, low_opened = down.outputs(GATE.forward(gated))
-        ctx.save_for_backward(found, low_found, y, weight, low_normed, gated, low_opened, *tensors)
+            normed, norm_steps = begin(norm, [y.add_(x), weight], x.shape[1])
+            gated, low_normed = gate_up.outputs(normed)
+            opened, gate_steps = begin(GATE, [gated], x.shape[1])
+            result, low_opened = down.outputs(opened)
+        saved = [found, low_found, y, weight, low_normed, gated, low_opened, *tensors]
+        ctx.save_for_backward(*saved, *norm_steps, *gate_steps)
         ctx.norm, ctx.scalings, ctx.wholes = norm, scalings, wholes
+        ctx.ends = (len(saved), len(saved) + len(norm_steps))
         return result.add_(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        found, low_found, y, weight, low_normed, gated, low_opened, *tensors = ctx.saved_tensors
+        everything, (end, next_end) = list(ctx.saved_tensors), ctx.ends
+        norm_steps, gate_steps = everything[end:next_end], everything[next_end:]
+        found, low_found, y, weight, low_normed, gated, low_opened, *tensors = everything[:end]
         layers, (output, gate_up, down) = _after_attention(tensors, ctx.scalings), ctx.wholes
-        steps = GATE.again(gated)
+        steps = gate_steps or GATE.again(gated)
         of_opened, of_down = down.gradients(layers[2], grad, steps[0], low_opened)
         [of_gated] = GATE.backward(of_opened, steps, gated)
-        steps = ctx.norm.again(y, weight)
+        steps = norm_steps or ctx.norm.again(y, weight)
         of_normed, of_gate_up = gate_up.gradients(layers[1], of_gated, steps[0], low_normed)
         of_y, of_weight = ctx.norm.backward(of_normed, steps, y, weight)
         of_y.add_(grad)

@@ -1,12 +1,13 @@
 """Matrix products of one input with several layers' weights, LoRA's factors among them, and what comes before
 them, as one step of autograd.
 
-What comes before is cheap, so it is computed again in the backward pass and not held. N rows, I inputs, O
-outputs of all layers beside one another, r ranks of all of them.
+What comes before is cheap beside a product with many columns, so it is computed again in the backward pass and
+not held. N rows, I inputs, O outputs of all layers beside one another, r ranks of all of them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from rlhf.derived import derived, rounded
+
+
+# Inputs narrower than this make products as cheap as what comes before them, which then is held.
+NARROW = 256
 
 
 class Parts(NamedTuple):
@@ -61,17 +66,30 @@ class RmsNorm:
         """The output, x / norm in float32, and 1 / norm (N, 1)."""
         exact = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=exact)
-        scale = norm.square_().div_(x.shape[1]).add_(self.epsilon).rsqrt_()
+        scale = torch.addcmul(
+            _epsilon(self.epsilon, exact, x.device), norm, norm, value=1 / x.shape[1]
+        ).rsqrt_()
         unit = x * scale
         return [unit.to(x.dtype) * weight.to(x.dtype), unit, scale]
 
     def backward(self, grad: Tensor, steps: list[Tensor], x: Tensor, weight: Tensor) -> list[Tensor | None]:
         """The gradients of x, computed in float32, and of weight."""
         _, unit, scale = steps
-        inner = (grad * weight).to(unit.dtype)
-        mean = torch.linalg.vecdot(inner, unit).div_(x.shape[1]).unsqueeze(1)
-        grad_x = torch.addcmul(inner, unit, mean, value=-1).mul_(scale).to(x.dtype)
-        return [grad_x, (grad * unit).sum(0).to(weight.dtype) if weight.requires_grad else None]
+        exact, of_weight = weight.to(unit.dtype), None
+        inner = grad * exact
+        if weight.requires_grad:
+            turned = grad * unit
+            of_weight = turned.sum(0).to(weight.dtype)
+            means = turned @ (exact / x.shape[1]).unsqueeze(1)
+        else:
+            means = torch.linalg.vecdot(inner, unit).div_(x.shape[1]).unsqueeze(1)
+        grad_x = torch.addcmul(inner, unit, means, value=-1).mul_(scale).to(x.dtype)
+        return [grad_x, of_weight]
+
+
+@functools.lru_cache(maxsize=16)
+def _epsilon(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((1, 1), value, dtype=dtype, device=device)
 
 
 class Gate:
@@ -99,6 +117,14 @@ class Gate:
 
 PLAIN, GATE = Plain(), Gate()
 Before = Plain | RmsNorm | Gate
+
+
+def begin(before: Before, inputs: Sequence[Tensor], width: int) -> tuple[Tensor, list[Tensor]]:
+    """What `before` makes of inputs, and what its backward pass needs where a layer of this width holds it."""
+    if width >= NARROW:
+        return before.forward(*inputs), []
+    steps = before.again(*inputs)
+    return steps[0], steps
 
 
 def join(weights: Sequence[Tensor]) -> None:
@@ -194,20 +220,21 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, before: Before, scalings: list[float], num_inputs: int, *tensors: Tensor) -> Tensor:
         inputs, layers = tensors[:num_inputs], layers_of(tensors[num_inputs:], scalings)
         with torch.autocast(inputs[0].device.type, enabled=False):
-            x = before.forward(*inputs)
+            x, steps = begin(before, inputs, inputs[0].shape[1])
             whole = Whole.of(layers, x.dtype)
             y, hidden = whole.outputs(x)
-        ctx.save_for_backward(*tensors, hidden)
-        ctx.before, ctx.scalings, ctx.num_inputs = before, scalings, num_inputs
+        ctx.save_for_backward(*tensors, hidden, *steps)
+        ctx.before, ctx.scalings, ctx.num_inputs, ctx.end = before, scalings, num_inputs, len(tensors)
         ctx.whole = whole
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        *saved, hidden = ctx.saved_tensors
+        everything = ctx.saved_tensors
+        saved, (hidden, *steps) = everything[: ctx.end], everything[ctx.end :]
         inputs, layers = saved[: ctx.num_inputs], layers_of(saved[ctx.num_inputs :], ctx.scalings)
-        steps: list[Tensor] = ctx.before.again(*inputs)
+        steps = steps or ctx.before.again(*inputs)
         of_input = any(ctx.needs_input_grad[3 : 3 + len(inputs)])
         of_x, of_weights = ctx.whole.gradients(layers, grad, steps[0], hidden, of_input=of_input)
         of_inputs = [None] * len(inputs) if of_x is None else ctx.before.backward(of_x, steps, *inputs)
@@ -241,7 +268,7 @@ def _weight_gradients(  # noqa: PLR0913 (the tensors of the equation)
     found: list[Tensor | None] = []
     row = column = 0
     for weight, bias, a, b, scaling in layers:
-        rows = slice(row, row + len(weight))
+        rows = slice(row, row + weight.shape[0])
         row = rows.stop
         found += [
             of_weight[rows].to(weight.dtype) if of_weight is not None and weight.requires_grad else None
