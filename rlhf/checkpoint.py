@@ -94,6 +94,14 @@ class StageFolder:
             ) from error
         return state
 
+    @by_main
+    def is_finished_with(self, resolved_config: str) -> bool:
+        """Whether the stage is finished; ValueError where it is, with other settings."""
+        if not (self.path / "stage.json").exists():
+            return False
+        _check_same_config(self.path / "config.yaml", resolved_config)
+        return True
+
     def _take(self) -> None:
         """Hold this folder for as long as the process lives; the system lets go of it at a kill."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -87,10 +87,16 @@ class Stage:
             processes().check_same(parents[-1].sha256, f"{key}={place}")
         return parents
 
-    def begin(self) -> None:
-        """Make the folder ready; called once the inputs are found good, so that overwriting loses nothing."""
+    def begin(self, *, again: bool = False) -> None:
+        """Make the folder ready; called once the inputs are found good, so that overwriting loses nothing.
+
+        `again`: resume=true runs a finished stage once more, as all that takes time is in a store.
+        """
         config = self.config
-        self.state = self.folder.prepare(self._resolved, overwrite=config.overwrite, resume=config.resume)
+        again = again and config.resume and self.folder.is_finished_with(self._resolved)
+        self.state = self.folder.prepare(
+            self._resolved, overwrite=config.overwrite or again, resume=config.resume
+        )
         if self.trained_on:
             write_text(self.folder.path / TRAINED_ON_FILE, json.dumps(self.trained_on) + "\n")
 

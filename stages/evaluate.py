@@ -87,7 +87,7 @@ def main(overrides: list[str]) -> int:
     codec, on_bad_row = load_codec(codec_of, config), config.data.on_bad_row
     saved = [system for system in systems if system.is_saved]
     given = {each: saved_responses(each, prompts, codec, on_bad_row=on_bad_row) for each in saved}
-    stage.begin()
+    stage.begin(again=True)
 
     scorers = {"proxy": proxy, "gold": gold}
     evaluation = Evaluation(config, engine, prompts, rows, reference, scorers, store)

@@ -292,6 +292,12 @@ def test_policies_kept_on_the_way_change_nothing_and_make_a_curve(tiny_run: Path
         assert "Over-optimisation" in (run / "evaluate" / file).read_text(encoding="utf-8")
     assert (run / "evaluate" / "plots" / "overoptimization.png").exists()
 
+    again = [*words, systems, "oracle=null", "gate=kl(ppo_2)<0", "resume=true"]
+    failed = run_stage("evaluate", *SMALL["evaluate"], *again)
+    assert failed.status == 4, "another condition on what is finished"
+    changed = run_stage("evaluate", *SMALL["evaluate"], *again, "seed=9")
+    assert changed.status == 2 and "with other settings: seed (1 -> 9)" in changed.error
+
     nobody = run_stage("evaluate", *SMALL["evaluate"], *words, systems, "gate=kl(ppo_3)<99", "overwrite=true")
     assert nobody.error.endswith("systems are sft, ppo_2, ppo_4, ppo, best_1, best_2, best_3, best_4")
     other = f"systems={{sft: '{run}/sft/model', ppo: {{checkpoints: '{tiny_run}/ppo'}}}}"

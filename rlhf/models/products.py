@@ -1,8 +1,8 @@
 """Matrix products of one input with several layers' weights, LoRA's factors among them, and what comes before
 them, as one step of autograd.
 
-What comes before is cheap beside a product with many columns, so it is computed again in the backward pass and
-not held. N rows, I inputs, O outputs of all layers beside one another, r ranks of all of them.
+What comes before is cheap beside a wide product, so it is computed again in the backward pass and not held. N
+rows, I inputs, O outputs of all layers beside one another, r ranks of all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from rlhf.derived import derived, rounded
-
 
 # Inputs narrower than this make products as cheap as what comes before them, which then is held.
 NARROW = 256
@@ -120,7 +119,7 @@ Before = Plain | RmsNorm | Gate
 
 
 def begin(before: Before, inputs: Sequence[Tensor], width: int) -> tuple[Tensor, list[Tensor]]:
-    """What `before` makes of inputs, and what its backward pass needs where a layer of this width holds it."""
+    """What `before` makes of inputs, and the steps for its backward pass, none where the width is large."""
     if width >= NARROW:
         return before.forward(*inputs), []
     steps = before.again(*inputs)
