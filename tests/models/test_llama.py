@@ -68,6 +68,7 @@ def outputs_and_gradients(model: Any, states: Tensor) -> list[Tensor]:
     return [states.detach(), *(each for each in gradients if each is not None)]
 
 
+@pytest.mark.usefixtures("what_comes_before")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("adapter", "rank"), [("none", 0), ("lora", 2), ("lora", 16)])
 @pytest.mark.parametrize("family", SERVED)
@@ -86,6 +87,7 @@ def test_states_and_gradients_are_those_of_transformers(
         assert (one - two).norm() <= 3e-5 * two.norm()
 
 
+@pytest.mark.usefixtures("what_comes_before")
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_in_bfloat16_they_are_as_near_to_the_truth(tmp_path: Path, family: str, adapter: str) -> None:

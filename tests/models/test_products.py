@@ -62,6 +62,7 @@ def layers_of(width: int, rank: int) -> list[Parts]:
     return [*layers, Parts(numbers(sizes[3], width, seed=next(seeds), trained=False))]
 
 
+@pytest.mark.usefixtures("what_comes_before")
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("rank", [1, 3])  # with the second it is cheaper to add the adapters to the weights
 @pytest.mark.parametrize("before", [PLAIN, NORM, GATE], ids=["plain", "norm", "gate"])
