@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 import os
+import re
 import shlex
 import sys
 import threading
@@ -51,7 +52,7 @@ def main(words: list[str]) -> int:
         close_bars()
         if os.environ.get(RANK, "0") != "0":
             time.sleep(SECONDS_TO_SPEAK)  # the first process says it, unless it is well
-        say(f"error: {error}")
+        say(f"error: {in_words_of_the_command(str(error))}")
         return 2
     except KeyboardInterrupt:
         if os.environ.get(RANK, "0") != "0":
@@ -60,6 +61,15 @@ def main(words: list[str]) -> int:
             )  # the first process says it, before the launcher ends it for this one's end
         print(f"\ninterrupted; to go on: {resume_command(words)}", file=sys.stderr)
         return 130
+
+
+def in_words_of_the_command(text: str) -> str:
+    """An error with the keys that were typed: stage=compare calls its two systems a= and b=."""
+    from stages import COMMAND_VARIABLE
+
+    if "stage=compare" not in os.environ.get(COMMAND_VARIABLE, ""):
+        return text
+    return re.sub(r"\bsystems\.([ab])(\.generations)?=", r"\1=", text)
 
 
 def say(text: str) -> None:

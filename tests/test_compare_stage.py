@@ -68,6 +68,10 @@ def test_two_systems_in_one_line_and_an_exit_status(tiny_run: Path, tmp_path: Pa
     [place] = (run / "compare").glob("*/evaluate/report.json")
     report = read_json(place)
     assert report["gates"][0]["passed"] is False and not (run / "evaluate").exists()
+    where = f"b={tmp_path}/nowhere"
+    nothing = subprocess.run([*command, where], capture_output=True, text=True, timeout=LONGEST_RUN)
+    assert nothing.returncode == 2 and nothing.stderr.count("\n") == 1
+    assert nothing.stderr.startswith(f"error: {where} does not exist; name another folder with b=")
     assert f"a={run}/sft" in report["commands"][-1]
 
 
