@@ -50,6 +50,8 @@ FREE_ON_RESUME = {
     "hostfile",
     "main_port",
 }
+# What the Trainer's checkpoints are made of, beside trainer_state.json.
+TRAINER_FILES = ("*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed")
 
 
@@ -238,7 +240,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is_whole_checkpoint(folder: Path) -> bool:
-    """Whether transformers' Trainer came to the end of a checkpoint: it writes trainer_state.json last."""
+    """Whether transformers' Trainer came to the end of a checkpoint (it writes trainer_state.json last), and all
+    of it is there still: without some files it would go on, with an optimizer or random numbers begun anew.
+    """
+    if not all(any(folder.glob(name)) for name in TRAINER_FILES):
+        return False
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -82,12 +82,15 @@ def test_states_are_kept_to_the_number_asked_for(tmp_path: Path) -> None:
 def test_the_latest_state_is_the_newest_whole_one(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "sft")
     assert folder.latest_state() is None
-    for step, text in ((90, "{}"), (100, "{}"), (110, '{"epoch": 1'), (120, None)):
+    parts = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+    for step, text in ((90, "{}"), (100, "{}"), (110, '{"epoch": 1'), (120, None), (130, "{}")):
         checkpoint = folder.path / "state" / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
+        for part in parts if step < 130 else parts[:-1]:  # of the last one a file is lost
+            (checkpoint / part).touch()
         if text is not None:  # a kill while it is written leaves half of it, or nothing
             (checkpoint / "trainer_state.json").write_text(text)
-    (folder.path / "state" / ".step_130.1.tmp").mkdir()
+    (folder.path / "state" / ".step_140.1.tmp").mkdir()
     latest = folder.latest_state()
     assert latest is not None and latest.name == "checkpoint-100"
 
