@@ -240,8 +240,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is_whole_checkpoint(folder: Path) -> bool:
-    """Whether transformers' Trainer came to the end of a checkpoint (it writes trainer_state.json last), and all
-    of it is there still: without some files it would go on, with an optimizer or random numbers begun anew.
+    """Whether transformers' Trainer came to the end of a checkpoint (it writes trainer_state.json last), and
+    all of it is there: without some files it would go on, with an optimizer or random numbers begun anew.
     """
     if not all(any(folder.glob(name)) for name in TRAINER_FILES):
         return False
