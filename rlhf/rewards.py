@@ -23,6 +23,7 @@ from rlhf.models.sharded import shard
 from rlhf.records import Prompt, PromptRecord, make_sources, read_records
 from rlhf.reference_scorers import KINDS, ReferenceScorer
 from rlhf.rm import score_rows
+from rlhf.rows import shorten
 from rlhf.scorers import ClassifierScorer, FunctionScorer, WeightedSum
 from rlhf.text import TextCodec
 
@@ -55,8 +56,9 @@ class RewardModelScorer:
             response = self.codec.encode_response(text)
             if len(response) >= context:
                 raise ValueError(
-                    f"{self.name}: a response has {len(response)} of this reward model's tokens, its context "
-                    f"{context}; lower data.max_response_tokens"
+                    f"{self.name}: the response {shorten(text)} has {len(response)} of this reward model's "
+                    f"tokens, its context {context}: shorten it where it stands in a file, or lower "
+                    "data.max_response_tokens where it was sampled"
                 )
             tokens = self.codec.encode_prompt(prompt)
             rows.append(self.codec.cut_start(tokens, context - len(response)) + response)

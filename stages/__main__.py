@@ -134,7 +134,8 @@ def run(stage: str, overrides: list[str]) -> int:
     if stage not in ("bench", "chat") and (RANK not in os.environ or is_foreign()):
         # where several processes check, none writes before all have met
         folder = StageFolder(config.runs, config.name, stage)
-        folder.check_free(overwrite=config.overwrite, resume=config.resume)
+        again = stage == "evaluate" and config.resume  # what it made is in its store
+        folder.check_free(overwrite=config.overwrite or again, resume=config.resume)
         check_there(config, folder.path)
         if is_foreign():
             make_inputs_once(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -54,10 +55,11 @@ def main(overrides: list[str]) -> int:
     paths = {key: resolved(path, config.model) for key, path in named.items() if path is not None}
     for key, path in paths.items():
         find_parent(key, path, kind="policy", force=True)
+    codecs = {path: load_codec(path, config) for path in paths.values()}
     engine = build_engine(config.engine, num_parameters(paths["policy"], config.model))
     options = load_options(config.model, engine, trained=False)
     policies = {
-        path: Policy(load_causal_lm(path, options, key=key), load_codec(path, config), engine)
+        path: Policy(load_causal_lm(path, options, key=key), codecs[path], engine)
         for key, path in paths.items()
     }
     # there are no references here
@@ -107,7 +109,9 @@ def _answer(  # noqa: PLR0913 (a policy, what it answers, and how)
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, line by line, until the end of the input or /quit."""
+    """What is typed, line by line, until the end of the input or /quit; bytes that are no text are U+FFFD."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlhf.config import load_config
 from rlhf.gates import GATE_STATUS
 from stages import COMMAND_VARIABLE
@@ -28,27 +30,54 @@ def plan(overrides: list[str]) -> tuple[Any, list[str]]:
 
     Raises ValueError where one of them is missing, or a word contradicts them.
     """
-    words = [word for word in overrides if word.partition("=")[0] not in SIDES]
-    given = {word.partition("=")[0]: word.partition("=")[2] for word in overrides if word not in words}
+    typed = [word for word in overrides if word.partition("=")[0] not in SIDES]
+    given = {word.partition("=")[0]: word.partition("=")[2] for word in overrides if word not in typed}
     for side in SIDES:
         if not given.get(side):
             raise ValueError(
                 f"stage=compare needs {side}=: a checkpoint or stage folder, a hub name, or a file "
                 "of responses, for instance a=runs/mine/ppo b=runs/mine/sft"
             )
-    for word in words:
+    for word in typed:
         if (key := word.partition("=")[0].split(".")[0]) in INSTEAD:
             raise ValueError(f"{word}: stage=compare says that itself; {INSTEAD[key]}")
     # a folder for each pair, so that one comparison does not replace another
     digest = hashlib.sha256(f"{given['a']}\n{given['b']}".encode()).hexdigest()[:8]
     systems = json.dumps({side: _system(given[side]) for side in SIDES})
     own = [f"systems={systems}", "baseline=b"]
+    words = [*_of_the_runs(typed, given), *typed]
     found = load_config("evaluate", [*words, *own])
     # the run's own scorers, which its folder for comparisons has not
     scorers = [f"{key}={json.dumps(getattr(found, key))}" for key in ("proxy", "gold")]
     place = f"name={found.name}/compare/{digest}"
     words = [*without_run_mode(words), *own, *scorers, place, "overwrite=true"]
     return load_config("evaluate", words), words
+
+
+def _of_the_runs(typed: list[str], given: dict[str, str]) -> list[str]:
+    """The data and model that the stages were run with which left a and b, where none are typed.
+
+    Raises ValueError where a and b were trained on different data.
+    """
+    found: list[str] = []
+    for key, part in (("data", "name"), ("model", "path")):
+        values = {side: value for side in SIDES if (value := _setting(given[side], key, part)) is not None}
+        if not values or any(word.startswith((f"{key}=", f"{key}.")) for word in typed):
+            continue
+        if key == "data" and len(set(values.values())) > 1:
+            told = ", ".join(f"{side} with data={value}" for side, value in values.items())
+            raise ValueError(f"stage=compare: {told} was trained: say with data= on whose prompts they meet")
+        found.append(f"{key}={next(iter(values.values()))}")
+    return found
+
+
+def _setting(place: str, key: str, part: str) -> str | None:
+    """A setting of the stage that left a folder; None where none did."""
+    for folder in (Path(place), Path(place).parent):
+        if (folder / "config.yaml").is_file() and (folder / "stage.json").is_file():
+            settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            return (settings.get(key) or {}).get(part)
+    return None
 
 
 def _system(place: str) -> str | dict[str, str]:
@@ -65,12 +94,14 @@ def run(overrides: list[str]) -> int:
     status = run_child(child, {COMMAND_VARIABLE: command}, stdout=subprocess.DEVNULL)
     if status in (0, GATE_STATUS):
         place = stage_folder("evaluate", config) / "report.json"
-        print(in_one_line(json.loads(place.read_text(encoding="utf-8"))))
+        print(in_one_line(json.loads(place.read_text(encoding="utf-8")), config.data.name))
     return status
 
 
-def in_one_line(report: dict[str, Any]) -> str:
-    """Which of a and b is better, by the judge that was asked, else by gold, else by proxy."""
+def in_one_line(report: dict[str, Any], data: str) -> str:
+    """Which of a and b is better, by the judge that was asked, else by gold, else by proxy, and on how many
+    prompts of which data.
+    """
     from rlhf.evaluation.measures import LEAST_ROWS
 
     rates = {each["judge"]: each for each in report["win_rates"]}
@@ -85,7 +116,7 @@ def in_one_line(report: dict[str, Any]) -> str:
     word = "cannot, by so few prompts, be told from" if few else word
     by = report["judge"]["model"] if judge == "judge" else report[judge]
     parts = [
-        f"a {word} b by {judge} ({by})",
+        f"a {word} b by {judge} ({by}) on {report['num_prompts']} prompts (data={data})",
         f"win rate {rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]",
         f"{rate['wins']} wins, {rate['ties']} ties, {rate['losses']} losses",
     ]

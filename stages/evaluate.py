@@ -26,11 +26,18 @@ from rlhf.evaluation.gates import outcome
 from rlhf.evaluation.hacking import signals, warnings
 from rlhf.evaluation.judge import LanguageModelJudge
 from rlhf.evaluation.measures import LEAST_ROWS
+from rlhf.evaluation.origins import lineage_table
 from rlhf.evaluation.overoptimization import curves
 from rlhf.evaluation.overoptimization import warnings as overoptimized
 from rlhf.evaluation.page import write_page
 from rlhf.evaluation.passes import Evaluation, judge_all, measure_all, sample_all, score_all
-from rlhf.evaluation.report import COLUMNS, notes_in_words, print_table, table_rows, write_report
+from rlhf.evaluation.report import (
+    COLUMNS,
+    notes_in_words,
+    print_table,
+    table_rows,
+    write_report,
+)
 from rlhf.evaluation.store import store_in
 from rlhf.evaluation.systems import System, build_systems, check_choosers, saved_responses
 from rlhf.gates import GATE_STATUS, parse_gates
@@ -116,6 +123,7 @@ def main(overrides: list[str]) -> int:
         "systems": entries,
         "judge": judged,
         **compare(scored, baseline, judgements, **options),
+        "lineage": lineage_table(lineage_by_folder(parents)),
         "commands": commands(stage, parents),
     }
     report |= signs_of_hacking(report, scored, **options)

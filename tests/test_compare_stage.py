@@ -47,6 +47,25 @@ def test_mistakes_are_one_line(
     assert not shown and message in error and error.count("\n") == 1
 
 
+def test_data_and_model_are_those_of_what_is_compared(tmp_path: Path) -> None:
+    for name, data in (("a", "toy"), ("b", "toy"), ("c", "film_reviews")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"data: {{name: {data}}}\nmodel: {{path: tiny}}\n")
+        (folder / "stage.json").write_text("{}")
+    a, b, c = (f"{tmp_path}/{name}" for name in "abc")
+    config, _ = plan([f"a={a}", f"b={b}/model"])
+    assert (config.data.name, config.model.path) == ("toy", "tiny")
+    with pytest.raises(
+        ValueError, match="a with data=toy, b with data=film_reviews was trained: say with data="
+    ):
+        plan([f"a={a}", f"b={c}"])
+    config, _ = plan([f"a={a}", f"b={c}", "data=film_reviews"])
+    assert (config.data.name, config.model.path) == ("film_reviews", "tiny")
+    config, _ = plan(["a=x/y", f"b={tmp_path}"])
+    assert config.data.name == "film_reviews", "of others nothing is known: the default"
+
+
 @pytest.mark.slow
 def test_two_systems_in_one_line_and_an_exit_status(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / tiny_run.name
@@ -83,7 +102,10 @@ def test_the_line_goes_by_the_judge_where_one_was_asked() -> None:
         "differences": [],
         "judge": {"model": "m"},
         "gates": [],
+        "num_prompts": 10,
     }
-    line = in_one_line(report)
-    assert line.startswith("a beats b by judge (m); win rate 0.750 [0.600, 0.900]; 7 wins, 1 ties, 2 losses;")
-    assert "could not be compared" in in_one_line(report | {"win_rates": []})
+    line = in_one_line(report, "toy")
+    assert line.startswith(
+        "a beats b by judge (m) on 10 prompts (data=toy); win rate 0.750 [0.600, 0.900]; 7 "
+    )
+    assert "could not be compared" in in_one_line(report | {"win_rates": []}, "toy")

@@ -258,7 +258,8 @@ def verdict(report: dict[str, Any]) -> str:
         word = "is better than" if found["low"] > even else "is WORSE than"
     judged = f" By the judge: {told}." if by_gold and by_judge else ""
     signs = len(report["warnings"].get(name, []))
-    hacked = f" Signs of a hacked reward, which the report names: {signs}." if signs else ""
+    of_what = "a hacked reward" if report.get("proxy") else "degenerate text"
+    hacked = f" Signs of {of_what}, which the report names: {signs}." if signs else ""
     chosen = name != "ppo" and any(point["system"] == name for point in _checkpoints(report))
     which = ", which gold prefers on these prompts," if by_gold and chosen else ""
     return f"{name}{which} {word} {baseline} {by}: {seen}{at}.{judged}{hacked}"

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf.evaluation.store import digest
 from rlhf.files import append_text
@@ -27,6 +27,7 @@ from rlhf.settings import Judge
 
 OPENAI = "https://api.openai.com/v1"
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
+LONGEST_PAUSE = 8.0  # seconds before a question is asked again
 PLACES = ("prompt", "response_a", "response_b")
 OUTCOMES = {"A": 1.0, "B": 0.0, "C": 0.5}  # of the first response
 
@@ -38,6 +39,11 @@ class Answer:
     text: str
     tokens_in: int
     tokens_out: int
+
+    def cost(self, settings: Judge) -> float:
+        """What it cost, in the unit of the prices, which are those of a million tokens."""
+        prices = settings.price_in or 0, settings.price_out or 0
+        return (self.tokens_in * prices[0] + self.tokens_out * prices[1]) / 1e6
 
     @property
     def outcome(self) -> float | None:
@@ -64,6 +70,10 @@ class Judgement:
     first: float | None
 
 
+class _CostError(Exception):
+    """`max_cost` is spent."""
+
+
 class LanguageModelJudge:
     """Asks the endpoint of `settings`; answers are kept in a file of `folder`, and never asked for again.
 
@@ -74,7 +84,9 @@ class LanguageModelJudge:
     def __init__(self, settings: Judge, folder: Path):
         self.settings = settings
         self.template = read_template(settings.template or "")
-        self.cost = 0.0
+        self.cost = 0.0  # of this run, in the unit of the prices
+        self._used: dict[str, Answer] = {}
+        self._has_answered = False
         self._client = self._connected()
         known = {"base_url", "model", "max_tokens", "temperature"}
         facts = {key: value for key, value in asdict(settings).items() if key in known}
@@ -112,6 +124,7 @@ class LanguageModelJudge:
     def _answers(self, questions: Sequence[str], bar: Any) -> dict[str, Answer]:
         """The answer to each question, from the file where it is there."""
         kept = self._kept()
+        self._has_answered |= bool(kept)
         due = [text for text in dict.fromkeys(questions) if digest(text) not in kept]
         bar.update(len(questions) - len(due))
         if due:
@@ -122,10 +135,21 @@ class LanguageModelJudge:
                     for text, future in zip(due, asked, strict=True):
                         kept[digest(text)] = future.result()
                         bar.update()
+                except _CostError:
+                    pool.shutdown(cancel_futures=True)  # those that are asked already are paid for
+                    raise ValueError(
+                        f"judge: {self.cost:.2f} spent, judge.max_cost={self.settings.max_cost}; the answers "
+                        "are kept: raise it and go on with resume=true, or give a lower judge.num_prompts"
+                    ) from None
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
-        return {text: kept[digest(text)] for text in questions}
+        self._used |= {text: kept[digest(text)] for text in questions}
+        return {text: self._used[text] for text in questions}
+
+    def cost_of_all(self) -> float:
+        """What all answers cost that were used, those of earlier runs too."""
+        return sum(answer.cost(self.settings) for answer in self._used.values())
 
     def _kept(self) -> dict[str, Answer]:
         if not self._file.exists():
@@ -156,24 +180,36 @@ class LanguageModelJudge:
     def _ask(self, question: str) -> Answer:
         import openai
 
-        own = self.settings
-        self._wait_for_turn()
-        try:
-            found = self._client.chat.completions.create(
-                model=own.model,
-                messages=[{"role": "user", "content": question}],
-                max_tokens=own.max_tokens,
-                temperature=own.temperature,
-            )
-        except openai.OpenAIError as error:
-            said = self._without_key(str(error))
-            raise ValueError(f"judge {own.model}: {said}; {_remedy(error, own)}") from None
-        except ValueError:  # of the JSON that the client reads
-            found = None
-        if not hasattr(found, "choices"):
+        own, found = self.settings, cast(Any, None)
+        for attempt in range((own.retries or 0) + 1):
+            self._wait_for_turn()
+            try:
+                found = self._client.chat.completions.create(
+                    model=own.model,
+                    messages=[{"role": "user", "content": question}],
+                    max_tokens=own.max_tokens,
+                    temperature=own.temperature,
+                )
+            except openai.OpenAIError as error:
+                status = getattr(error, "status_code", None)
+                said = self._without_key(str(error))
+                said = f"HTTP {status}: {said}" if status and str(status) not in said else said
+                raise ValueError(f"judge {own.model}: {said}; {_remedy(error, own)}") from None
+            except ValueError:  # of the JSON that the client reads
+                found = None
+            if hasattr(found, "choices"):
+                break
+            if not self._has_answered:
+                raise ValueError(
+                    f"judge.base_url={own.base_url}: what answers there is no OpenAI-compatible endpoint"
+                )
+            time.sleep(min(0.5 * 2**attempt, LONGEST_PAUSE))
+        else:
             raise ValueError(
-                f"judge.base_url={own.base_url}: what answers there is no OpenAI-compatible endpoint"
+                f"judge {own.model}: {attempt + 1} answers on end were not what an OpenAI-compatible "
+                "endpoint says; go on with resume=true: the answers so far are kept"
             )
+        self._has_answered = True
         used = found.usage
         answer = Answer(
             found.choices[0].message.content or "" if found.choices else "",
@@ -184,19 +220,14 @@ class LanguageModelJudge:
         with self._lock:
             if answer.text:
                 append_text(self._file, f"\n{line}\n")  # also behind a line that was cut short
-            self.cost += (
-                answer.tokens_in * (own.price_in or 0) + answer.tokens_out * (own.price_out or 0)
-            ) / 1e6
+            self.cost += answer.cost(own)
         return answer
 
     def _wait_for_turn(self) -> None:
         """Wait as the rate limit asks, and stop where the cost has come to its end."""
         with self._lock:
             if self.settings.max_cost is not None and self.cost >= self.settings.max_cost:
-                raise ValueError(
-                    f"judge: {self.cost:.2f} spent, judge.max_cost={self.settings.max_cost}; the answers are "
-                    "kept: raise it and go on with resume=true, or give a lower judge.num_prompts"
-                )
+                raise _CostError
             rate = self.settings.requests_per_minute
             now = time.monotonic()
             turn = max(now, self._next)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from markupsafe import Markup
 from rlhf.evaluation import plots
 from rlhf.evaluation.compare import Scored, main_system
 from rlhf.evaluation.hacking import highest
+from rlhf.evaluation.origins import lineage_table, names_of
 from rlhf.evaluation.report import (
     COLUMNS,
     EXPOSURE,
@@ -89,7 +89,7 @@ def write_page(
         printed=PRINTED,
         seeds=seeds,
         bands=bands_in_words(report),
-        origins=_origins(stages),
+        origins=lineage_table(stages),
         settings=dict(_settings(stages)),
     )
     write_text(path, page)
@@ -124,15 +124,8 @@ def _plots(report: dict[str, Any], scored: Sequence[Scored], judges: Sequence[st
         yield _svg(plots.plot_excess_error(report), "excess")
 
 
-def _names(folders: Iterable[str]) -> dict[str, str]:
-    """What the folders of stages are called: their paths from the folder that holds all."""
-    paths = {folder: Path(folder).absolute() for folder in folders}
-    root = Path(os.path.commonpath([path.parent for path in paths.values()])).parent if paths else Path()
-    return {folder: str(path.relative_to(root)) for folder, path in paths.items()}
-
-
 def _curves(stages: Mapping[str, dict[str, Any]]) -> Iterator[Markup]:
-    names = _names(stages)
+    names = names_of(stages)
     for folder, record in stages.items():
         file = Path(folder) / "metrics.jsonl"
         if record["stage"] not in CURVES or not file.exists():
@@ -184,26 +177,8 @@ def _samples(baseline: str, main: Scored, scored: Sequence[Scored]) -> Iterator[
 
 def _settings(stages: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """The settings of every stage, as it wrote them down, with the versions of the libraries it used."""
-    for folder, name in _names(stages).items():
+    for folder, name in names_of(stages).items():
         file, versions = Path(folder) / "config.yaml", stages[folder].get("versions", {})
         if file.exists():
             used = ", ".join(f"{library} {version}" for library, version in versions.items())
             yield name, f"# {used}\n{file.read_text(encoding='utf-8')}"
-
-
-def _origins(stages: Mapping[str, dict[str, Any]]) -> list[list[str]]:
-    rows = [["stage", "from", "data", "weights (sha256)", "failed checks", "minutes"]]
-    for folder, name in _names(stages).items():
-        record = stages[folder]
-        data = record.get("data", {})
-        rows.append(
-            [
-                name,
-                ", ".join(f"{each['key']}={each['path']}" for each in record.get("parents", [])),
-                ", ".join(f"{key}: {each['records']} of {each['source']}" for key, each in data.items()),
-                str(record.get("model_sha256", ""))[:12],
-                "; ".join(each["name"] for each in record["checks"] if not each["passed"]) or "none",
-                f"{record.get('seconds', 0) / 60:.1f}",
-            ]
-        )
-    return rows

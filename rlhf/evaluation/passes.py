@@ -179,7 +179,7 @@ def judge_all(
         ours = [row.response for row in each.generations[: len(base)]]
         found[each.system.name] = judge.judge(prompts, ours, theirs, bar)
     bar.close()
-    return found, {"model": judge.settings.model, "cost": judge.cost, **total(found.values())}
+    return found, {"model": judge.settings.model, "cost": judge.cost_of_all(), **total(found.values())}
 
 
 def measure_all(evaluation: Evaluation, scored: Sequence[Scored], oracle: str | None) -> list[Scored]:

@@ -179,7 +179,7 @@ def notes_in_words(report: dict[str, Any]) -> list[str]:
 def prompts_in_words(report: dict[str, Any]) -> str:
     """How many prompts there are, and whether they were trained on."""
     number, seen = f"{report['num_prompts']:.0f}", report["seen_prompts"]
-    known = all(each["shared"] is not None for each in report["overlap"])
+    known = report["overlap"] and all(each["shared"] is not None for each in report["overlap"])
     none = "unseen prompts" if known else "prompts"
     return f"{number} prompts, {seen} of them trained on" if seen else f"{number} {none}"
 
@@ -270,17 +270,20 @@ def _markdown(
         for line in lines
     )
     images = "\n".join(f"![{name}]({name})" for name in plots)
+    lineage = [[name, *map(escaped, cells)] for name, *cells in report["lineage"]]
     note = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
     return (
         f"# {escaped(report['name'])}\n\n**{escaped(report['verdict'])}**\n{note}\n"
         f"{prompts_in_words(report)}, one response each; the same decoding, length limit and "
-        f"random numbers for all. {bands_in_words(report)} {escaped(kl_in_words(report))} "
+        f"random numbers for all that were sampled here. {bands_in_words(report)} "
+        f"{escaped(kl_in_words(report))} "
         f"Wins are against `{report['baseline']}`.\n\n"
         f"{scores}\n{images}\n\n{_preferences(report)}"
         f"## Is the reward hacked?\n\n{warned or 'No sign of it.'}\n\n{table(signals_table(report))}\n"
         f"{overoptimization_section(report)}"
         f"## Exposure bias\n\n{EXPOSURE}\n\n{table(exposure_table(report))}\n{notes}\n"
         f"## Samples\n\n{_samples(scored, num_samples)}"
+        f"\n## Where it comes from\n\n{table(lineage)}"
         "\n## How to reproduce\n\nIn an empty `runs=` folder:\n\n"
         + "".join(f"    {command}\n" for command in report["commands"])
         + "\n"
@@ -330,9 +333,14 @@ def _samples(scored: Sequence[Scored], num_samples: int) -> str:
     return "\n".join(blocks)
 
 
+# Marks that turn the direction of whatever text follows them.
+TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
 def escaped(text: str) -> str:
-    """Model text that cannot become markup: no HTML, table cells, links or line breaks of its own."""
+    """Model text that cannot become markup: no HTML, table cells, links, line breaks or turns of its own."""
     text = "".join(" " if unicodedata.category(mark) == "Cc" else mark for mark in text)
+    text = "".join(mark for mark in text if unicodedata.bidirectional(mark) not in TURNS)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_[]|!#~$":
         text = text.replace(mark, "\\" + mark)

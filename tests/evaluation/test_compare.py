@@ -141,6 +141,8 @@ def test_the_verdict_is_held_back_by_few_prompts_and_tells_of_judges_and_signs()
     judged = {"a": "ppo", "b": "sft", "judge": "judge", "win_rate": 0.25, "low": 0.1, "high": 0.4}
     judged |= {"wins": 1, "ties": 0, "losses": 3}
     told = report | {"win_rates": [*report["win_rates"], judged], "warnings": {"ppo": ["a", "b"]}}
+    assert verdict(told).endswith("Signs of degenerate text, which the report names: 2."), "no reward at all"
+    told["proxy"] = "a reward model"
     assert verdict(told) == (
         "ppo is better than sft by the gold scorer: +3.00 [+3.00, +3.00]. By the judge: win rate 0.25 "
         "[0.10, 0.40]. Signs of a hacked reward, which the report names: 2."

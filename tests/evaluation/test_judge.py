@@ -164,6 +164,7 @@ def test_answers_are_kept_and_asked_once(server: Server, tmp_path: Path) -> None
         stream.write('{"question": "cut sh')  # by a kill
     again = judge_of(server, tmp_path, *prices)
     assert judged(again) == first and again.cost == 0 and len(server.questions) == 6
+    assert again.cost_of_all() == pytest.approx(judge.cost) and judge.cost_of_all() == again.cost_of_all()
     more = judge_of(server, tmp_path, *prices)
     more.judge(["p9"], ["one"], ["another"], progress(2))  # behind the line that was cut short
     assert more.judge(["p9"], ["one"], ["another"], progress(2)).asked == 1 and len(server.questions) == 8
@@ -209,6 +210,31 @@ def test_an_endpoint_that_is_not_there_is_named(server: Server, tmp_path: Path) 
     server.close()
     with pytest.raises(ValueError, match=r"judge m: Connection error.*judge.base_url="):
         judged(judge)
+
+
+def test_an_answer_that_is_no_json_is_asked_for_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.evaluation.judge.time.sleep", lambda seconds: None)
+    broken = {3, 4}
+
+    def reply(question: str) -> tuple[int, str]:
+        server.raw = ("application/json", b'{"choices": [}') if len(server.questions) in broken else None
+        return longer(question)
+
+    server.reply = reply
+    words = ["judge.concurrency=1", "judge.retries=2"]
+    assert judged(judge_of(server, tmp_path / "a", *words)).outcomes == [1.0, 0.0, 0.5, 0.5]
+    assert len(server.questions) == 6 + 2
+    broken.update(range(11, 20))
+    with pytest.raises(ValueError, match=r"judge m: 3 answers on end were not .*so far are kept"):
+        judged(judge_of(server, tmp_path / "b", *words))
+
+
+def test_a_status_without_words_of_its_own_is_named(server: Server, tmp_path: Path) -> None:
+    server.reply, server.raw = (lambda question: (500, "")), ("text/plain", b"oops")
+    with pytest.raises(ValueError, match=r"judge m: HTTP 500: oops; look at judge.base_url="):
+        judged(judge_of(server, tmp_path, "judge.retries=0"))
 
 
 @pytest.mark.parametrize("kind", ["text/html", "application/json"])

@@ -17,7 +17,8 @@ import pytest
 
 from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored
-from rlhf.evaluation.page import PRINTED, _names, as_text, write_page
+from rlhf.evaluation.origins import names_of
+from rlhf.evaluation.page import PRINTED, as_text, write_page
 from rlhf.evaluation.systems import Generation, System
 from tests.evaluation.test_report import HOSTILE, report_of
 
@@ -109,8 +110,8 @@ def test_stages_are_named_from_the_folder_that_holds_all(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folders = ["runs/x/seed_1/kl_0.2/ppo", str(tmp_path / "runs/x/seed_2/kl_0.2/ppo"), "runs/x/seed_1/sft"]
-    assert list(_names(folders).values()) == ["x/seed_1/kl_0.2/ppo", "x/seed_2/kl_0.2/ppo", "x/seed_1/sft"]
-    assert _names(["runs/x/sft"]) == {"runs/x/sft": "x/sft"} and _names([]) == {}
+    assert list(names_of(folders).values()) == ["x/seed_1/kl_0.2/ppo", "x/seed_2/kl_0.2/ppo", "x/seed_1/sft"]
+    assert names_of(["runs/x/sft"]) == {"runs/x/sft": "x/sft"} and names_of([]) == {}
 
 
 def test_a_conversation_is_shown_with_its_roles() -> None:

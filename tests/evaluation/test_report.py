@@ -34,7 +34,7 @@ HOSTILE = (
     "# heading\n\n---\n<img src=x onerror=y>",
     "https://evil.example www.evil.example me@evil.example",
     "&lt;b&gt; \\| back \\` slash",
-    "bell \x07 escape \x1b[31m nul \x00 end",
+    "bell \x07 escape \x1b[31m nul \x00 end turned \u202e and \u2066 not back",
 )
 OPTIONS = {"num_bootstrap": 100, "seed": 0}
 
@@ -58,6 +58,8 @@ def report_of(systems: list[Scored]) -> dict[str, Any]:
         "num_prompts": len(systems[0].generations),
         "baseline": "sft",
         "reference": "sft",
+        "proxy": "a proxy",
+        "lineage": [["stage", "from"], ["x/sft", "base=<b>"]],
         "preferences_simulated": True,
         "notes": ["no oracle: <b>"],
         "failed_checks": ["systems.sft: samples end: <b>"],
@@ -92,8 +94,9 @@ def test_text_of_models_stays_text(systems: list[Scored], tmp_path: Path) -> Non
         assert sign not in text, sign
     assert not re.findall(r"(?<!\\)\]\((?!plots/)", text)
     assert not [mark for mark in text if mark < " " and mark != "\n"]
+    assert "turned and not back" in text
     assert "&lt;script&gt;" in text and "\\[click\\]" in text and "\\*\\*bold\\*\\*" in text
-    samples = text.split("## Samples")[1].split("## How to reproduce")[0]
+    samples = text.split("## Samples")[1].split("## Where it comes from")[0]
     rows = [
         line for line in samples.splitlines() if line.startswith("| ") and not line.startswith("| system")
     ]
