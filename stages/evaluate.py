@@ -23,7 +23,7 @@ from rlhf.evaluation.compare import (
 )
 from rlhf.evaluation.exposure import why_no_mauve
 from rlhf.evaluation.gates import outcome
-from rlhf.evaluation.hacking import signals, warnings
+from rlhf.evaluation.hacking import highest, signals, warnings
 from rlhf.evaluation.judge import LanguageModelJudge
 from rlhf.evaluation.measures import LEAST_ROWS
 from rlhf.evaluation.origins import lineage_table
@@ -132,7 +132,11 @@ def main(overrides: list[str]) -> int:
     report |= {"verdict": verdict(report), "versions": library_versions()}
     [ppo] = [s.path for s in systems if s.name == main_system(report)]
     write_report(
-        folder.path, report, scored, curves=Path(ppo).parent / "metrics.jsonl", num_samples=config.num_samples
+        folder.path,
+        report,
+        scored,
+        curves=Path(ppo).parent / "metrics.jsonl",
+        num_samples=config.num_samples,
     )
     write_page(folder.path / "report.html", report, scored, lineage_by_folder(parents))
     results = {name: {k: v for k, v in e.items() if k != "exposure"} for name, e in entries.items()}
@@ -177,8 +181,8 @@ def read_prompts(stage: Stage) -> tuple[list[PromptRecord], list[PromptRecord]]:
 
 
 def signs_of_hacking(report: dict[str, Any], scored: Sequence[Scored], **options: int) -> dict[str, Any]:
-    """The curves of `overoptimization`, the `signals` of every system, and the `warnings` that follow from
-    both.
+    """The curves of `overoptimization`, the `signals` of every system, the `warnings` that follow from both,
+    and the responses that the proxy likes `highest`.
     """
     found_curves = curves(report, scored, **options)
     baseline = report["baseline"]
@@ -188,7 +192,9 @@ def signs_of_hacking(report: dict[str, Any], scored: Sequence[Scored], **options
     told = {name: warnings(name, found[name], found[baseline], report["differences"]) for name in others}
     for name, line in overoptimized(found_curves).items():
         told.setdefault(name, []).append(line)
-    return {"overoptimization": found_curves, "signals": found, "warnings": told}
+    name = main_system(report | {"overoptimization": found_curves})
+    [liked] = [highest(each) for each in scored if each.system.name == name]
+    return {"overoptimization": found_curves, "signals": found, "warnings": told, "highest": liked}
 
 
 def notes_on_overlap(overlap: Sequence[dict[str, Any]]) -> list[str]:

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluation.compare import Scored
+from rlhf.evaluation.compare import Scored, main_system
+from rlhf.evaluation.hacking import highest
 from rlhf.evaluation.overoptimization import preferred
 from rlhf.evaluation.plots import (
     CURVES,
@@ -280,6 +281,7 @@ def _markdown(
         f"Wins are against `{report['baseline']}`.\n\n"
         f"{scores}\n{images}\n\n{_preferences(report)}"
         f"## Is the reward hacked?\n\n{warned or 'No sign of it.'}\n\n{table(signals_table(report))}\n"
+        f"{_liked(report, scored)}"
         f"{overoptimization_section(report)}"
         f"## Exposure bias\n\n{EXPOSURE}\n\n{table(exposure_table(report))}\n{notes}\n"
         f"## Samples\n\n{_samples(scored, num_samples)}"
@@ -296,6 +298,28 @@ def overoptimization_section(report: dict[str, Any]) -> str:
     if not report["overoptimization"]:
         return ""
     return f"## Over-optimisation\n\n{OVEROPTIMIZATION}\n\n{table(curves_table(report))}\n"
+
+
+def _liked(report: dict[str, Any], scored: Sequence[Scored]) -> str:
+    [main] = [each for each in scored if each.system.name == main_system(report)]
+    rows = [
+        [
+            f"{row['proxy']:.2f}",
+            "-" if row["gold"] is None else f"{row['gold']:.2f}",
+            escaped(_asked(row["prompt"])),
+            escaped(row["response"]),
+        ]
+        for row in highest(main)
+    ]
+    if not rows:
+        return ""
+    liked = table([["proxy", "gold", "prompt", "response"], *rows])
+    return f"The {len(rows)} responses of `{main.system.name}` that the proxy likes best:\n\n{liked}\n"
+
+
+def _asked(prompt: Any) -> str:
+    """What a prompt asks last."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _preferences(report: dict[str, Any]) -> str:
@@ -321,9 +345,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def _samples(scored: Sequence[Scored], num_samples: int) -> str:
     blocks = []
     for i in range(min(num_samples, len(scored[0].generations))):
-        prompt = scored[0].generations[i].prompt
-        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        lines = [f"**{escaped(text)}** ...\n\n| system | response | gold | proxy |\n|---|---|---|---|\n"]
+        text = escaped(_asked(scored[0].generations[i].prompt))
+        lines = [f"**{text}** ...\n\n| system | response | gold | proxy |\n|---|---|---|---|\n"]
         for each in scored:
             numbers = " | ".join(f"{scores[i]:.2f}" if scores else "-" for scores in (each.gold, each.proxy))
             lines.append(

@@ -80,7 +80,8 @@ def report_of(systems: list[Scored]) -> dict[str, Any]:
 
 
 def test_text_of_models_stays_text(systems: list[Scored], tmp_path: Path) -> None:
-    write_report(tmp_path, report_of(systems), systems, curves=None, num_samples=len(HOSTILE))
+    scored = [replace(each, proxy=each.gold) for each in systems]
+    write_report(tmp_path, report_of(systems), scored, curves=None, num_samples=len(HOSTILE))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for sign in (
         "<script",
@@ -95,6 +96,8 @@ def test_text_of_models_stays_text(systems: list[Scored], tmp_path: Path) -> Non
     assert not re.findall(r"(?<!\\)\]\((?!plots/)", text)
     assert not [mark for mark in text if mark < " " and mark != "\n"]
     assert "turned and not back" in text
+    assert f"The {len(HOSTILE)} responses of `p|po` that the proxy likes best" in text
+    assert "| x/sft | base=&lt;b&gt; |" in text
     assert "&lt;script&gt;" in text and "\\[click\\]" in text and "\\*\\*bold\\*\\*" in text
     samples = text.split("## Samples")[1].split("## Where it comes from")[0]
     rows = [
