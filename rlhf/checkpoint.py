@@ -131,6 +131,11 @@ class StageFolder:
                 "overwrite=true runs it again, name=... starts another run"
             )
         state = self.latest_state()
+        if state is None and (lost := self._lost_state()):
+            raise ValueError(
+                f"{lost} has lost some of its files ({', '.join(TRAINER_FILES)}), and no other state is "
+                "whole: bring them back, or start again with overwrite=true"
+            )
         if state is not None and not resume:
             raise ValueError(
                 f"stage {self.stage} was interrupted at {state.relative_to(self.path)} ({self.path}); "
@@ -148,6 +153,10 @@ class StageFolder:
             if _step(path) is not None and (path.name.startswith("step_") or _is_whole_checkpoint(path))
         ]
         return max(folders, key=lambda path: _step(path) or 0, default=None)
+
+    def _lost_state(self) -> Path | None:
+        """A checkpoint of the Trainer that once was whole."""
+        return next((path for path in (self.path / "state").glob("checkpoint-*") if _ended(path)), None)
 
     def new_state(self, step: int, write: Callable[[Path], object], *, keep_last: int) -> None:
         """Write the state of `step` by `write(folder)`; it becomes state/step_N once that has ended well."""
@@ -243,8 +252,10 @@ def _is_whole_checkpoint(folder: Path) -> bool:
     """Whether transformers' Trainer came to the end of a checkpoint (it writes trainer_state.json last), and
     all of it is there: without some files it would go on, with an optimizer or random numbers begun anew.
     """
-    if not all(any(folder.glob(name)) for name in TRAINER_FILES):
-        return False
+    return _ended(folder) and all(any(folder.glob(name)) for name in TRAINER_FILES)
+
+
+def _ended(folder: Path) -> bool:
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

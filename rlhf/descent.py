@@ -82,5 +82,5 @@ def _add(sums: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> list[Te
     """Add gradients into those so far; no second set of them is held."""
     both = [(a, b) for a, b in zip(sums, new, strict=True) if a is not None and b is not None]
     if both:
-        torch._foreach_add_(*map(list, zip(*both, strict=True)))
+        torch._foreach_add_([a for a, _ in both], [b for _, b in both])
     return [b if a is None else a for a, b in zip(sums, new, strict=True)]

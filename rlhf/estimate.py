@@ -70,7 +70,9 @@ class Shape:
 
     @property
     def activations(self) -> float:
-        """Numbers that a token's forward pass holds for its backward one."""
+        """Numbers that a token's forward pass holds for its backward one; narrow layers hold half as many
+        more.
+        """
         if self.lean:
             return self.layers * 2 * (self.hidden + self.attention + self.key_value + self.inner)
         return self.layers * (12 * self.hidden + 4 * self.inner)

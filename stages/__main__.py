@@ -69,7 +69,7 @@ def in_words_of_the_command(text: str) -> str:
 
     if "stage=compare" not in os.environ.get(COMMAND_VARIABLE, ""):
         return text
-    return re.sub(r"\bsystems\.([ab])(\.generations)?=", r"\1=", text)
+    return re.sub(r"\bsystems\.([ab])(\.generations)?(?=[=:])", r"\1", text)
 
 
 def say(text: str) -> None:

@@ -22,6 +22,7 @@ from stages.all import ENTRY_POINT, run_child, stage_folder
 from stages.common import without_run_mode
 
 SIDES = ("a", "b")
+INHERITED = ("format", "max_prompt_tokens", "max_response_tokens", "on_bad_row")  # of data
 INSTEAD = {"systems": "give a= and b=", "baseline": "it is b"}
 
 
@@ -30,6 +31,7 @@ def plan(overrides: list[str]) -> tuple[Any, list[str]]:
 
     Raises ValueError where one of them is missing, or a word contradicts them.
     """
+    overrides = [word.removeprefix("evaluate.") for word in overrides]
     typed = [word for word in overrides if word.partition("=")[0] not in SIDES]
     given = {word.partition("=")[0]: word.partition("=")[2] for word in overrides if word not in typed}
     for side in SIDES:
@@ -55,28 +57,42 @@ def plan(overrides: list[str]) -> tuple[Any, list[str]]:
 
 
 def _of_the_runs(typed: list[str], given: dict[str, str]) -> list[str]:
-    """The data and model that the stages were run with which left a and b, where none are typed.
+    """The run, data and model of the stages that left a and b, each where it is not typed.
 
     Raises ValueError where a and b were trained on different data.
     """
-    found: list[str] = []
-    for key, part in (("data", "name"), ("model", "path")):
-        values = {side: value for side in SIDES if (value := _setting(given[side], key, part)) is not None}
-        if not values or any(word.startswith((f"{key}=", f"{key}.")) for word in typed):
-            continue
-        if key == "data" and len(set(values.values())) > 1:
-            told = ", ".join(f"{side} with data={value}" for side, value in values.items())
-            raise ValueError(f"stage=compare: {told} was trained: say with data= on whose prompts they meet")
-        found.append(f"{key}={next(iter(values.values()))}")
+    keys = {word.partition("=")[0] for word in typed}
+    settings = {side: own for side in SIDES if (own := _settings_of(given[side])) is not None}
+    if not settings:
+        return []
+    first, found = next(iter(settings.values())), list[str]()
+    if not keys & {"name", "runs"} and len({(each["runs"], each["name"]) for each in settings.values()}) == 1:
+        found += [f"runs={first['runs']}", f"name={first['name']}"]
+    if "data" not in keys:
+        names = {side: each["data"]["name"] for side, each in settings.items()}
+        if len(set(names.values())) > 1:
+            told = ", ".join(f"{side} was trained with data={name}" for side, name in names.items())
+            raise ValueError(f"stage=compare: {told}: say with data= whose prompts to use")
+        found.append(f"data={first['data']['name']}")
+        found += [f"data.{key}={json.dumps(value)}" for key in INHERITED if (value := first["data"].get(key))]
+        prompts = (first["data"].get("prompts") or {}).get("evaluate")
+        found += [f"data.prompts.evaluate={json.dumps(prompts)}"] if prompts else []
+    if not keys & {"model", "model.path"}:
+        found.append(f"model={first['model']['path']}")
     return found
 
 
-def _setting(place: str, key: str, part: str) -> str | None:
-    """A setting of the stage that left a folder; None where none did."""
-    for folder in (Path(place), Path(place).parent):
+def _settings_of(place: str) -> dict[str, Any] | None:
+    """The settings of the stage that left a folder or file; None where none is known to have."""
+    path = Path(place).expanduser().absolute()
+    folders = [path, *path.parents][: 3 if path.is_file() else 2] if path.exists() else []
+    for folder in folders:
         if (folder / "config.yaml").is_file() and (folder / "stage.json").is_file():
-            settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            return (settings.get(key) or {}).get(part)
+            try:
+                found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+                return found if {"runs", "name", "data", "model"} <= found.keys() else None
+            except (AttributeError, OSError, ValueError, yaml.YAMLError):
+                return None
     return None
 
 
@@ -111,12 +127,13 @@ def in_one_line(report: dict[str, Any], data: str) -> str:
     rate, even = rates[judge], rates[judge]["length_controlled"]
     differences = [each for each in report["differences"] if each["judge"] == judge]
     low, high = _ends(rate, differences)
-    few = rate["wins"] + rate["ties"] + rate["losses"] < LEAST_ROWS
+    number = rate["wins"] + rate["ties"] + rate["losses"]
+    few = number < LEAST_ROWS
     word = "beats" if low > 0 else "loses to" if high < 0 else "cannot be told from"
     word = "cannot, by so few prompts, be told from" if few else word
     by = report["judge"]["model"] if judge == "judge" else report[judge]
     parts = [
-        f"a {word} b by {judge} ({by}) on {report['num_prompts']} prompts (data={data})",
+        f"a {word} b by {judge} ({by}) on {number} prompts (data={data})",
         f"win rate {rate['win_rate']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]",
         f"{rate['wins']} wins, {rate['ties']} ties, {rate['losses']} losses",
     ]

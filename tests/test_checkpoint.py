@@ -93,6 +93,11 @@ def test_the_latest_state_is_the_newest_whole_one(tmp_path: Path) -> None:
     (folder.path / "state" / ".step_140.1.tmp").mkdir()
     latest = folder.latest_state()
     assert latest is not None and latest.name == "checkpoint-100"
+    for step in (90, 100):
+        (folder.path / "state" / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"has lost some of its files .*start again with overwrite=true"):
+            folder.check_free(overwrite=False, resume=resume)
 
 
 def test_a_folder_that_another_process_writes_is_refused(tmp_path: Path) -> None:

@@ -51,18 +51,26 @@ def test_data_and_model_are_those_of_what_is_compared(tmp_path: Path) -> None:
     for name, data in (("a", "toy"), ("b", "toy"), ("c", "film_reviews")):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "config.yaml").write_text(f"data: {{name: {data}}}\nmodel: {{path: tiny}}\n")
+        settings = f"runs: {tmp_path}\nname: mine\ndata: {{name: {data}}}\nmodel: {{path: tiny}}\n"
+        (folder / "config.yaml").write_text(settings)
         (folder / "stage.json").write_text("{}")
     a, b, c = (f"{tmp_path}/{name}" for name in "abc")
     config, _ = plan([f"a={a}", f"b={b}/model"])
     assert (config.data.name, config.model.path) == ("toy", "tiny")
-    with pytest.raises(
-        ValueError, match="a with data=toy, b with data=film_reviews was trained: say with data="
-    ):
+    assert config.name.startswith("mine/compare/") and config.proxy["path"] == f"{tmp_path}/mine/rm/model"
+    config, _ = plan([f"a={a}", f"b={b}", "data.on_bad_row=skip", "model.attention=eager", "name=other"])
+    assert (config.data.name, config.model.path, config.data.on_bad_row) == ("toy", "tiny", "skip")
+    assert config.name.startswith("other/compare/")
+    with pytest.raises(ValueError, match="b was trained with data=film_reviews: say with data= whose"):
         plan([f"a={a}", f"b={c}"])
-    config, _ = plan([f"a={a}", f"b={c}", "data=film_reviews"])
+    config, _ = plan([f"a={a}", f"b={c}", "evaluate.data=film_reviews"])
     assert (config.data.name, config.model.path) == ("film_reviews", "tiny")
-    config, _ = plan(["a=x/y", f"b={tmp_path}"])
+    responses = tmp_path / "a" / "generations" / "ppo.jsonl"
+    responses.parent.mkdir()
+    responses.touch()
+    assert plan([f"a={responses}", "b=gpt2"])[0].data.name == "toy"
+    (tmp_path / "a" / "config.yaml").write_text("{")
+    config, _ = plan([f"a={a}", "b=x/y"])
     assert config.data.name == "film_reviews", "of others nothing is known: the default"
 
 
@@ -102,7 +110,6 @@ def test_the_line_goes_by_the_judge_where_one_was_asked() -> None:
         "differences": [],
         "judge": {"model": "m"},
         "gates": [],
-        "num_prompts": 10,
     }
     line = in_one_line(report, "toy")
     assert line.startswith(

@@ -36,6 +36,7 @@ from rlhf.parents import failed_checks
 TITLES = {"exposure": "Cures for exposure bias", "overoptimization": "Over-optimisation"}
 FIRST_COLUMNS = ("system", "gold", "wins (gold)", "proxy", "KL", "length", "ended")
 IDENTITIES = (("a", "b", "judge"), ("system", "update", "best_of"), ("length",))
+OF_ONE_SEED = {"highest", "lineage"}  # of a report, what has no mean
 INTERVALS = (("mean", "low", "high"), ("win_rate", "low", "high"), ("kl", "kl_low", "kl_high"))
 
 
@@ -54,7 +55,7 @@ def combined(values: Sequence[Any]) -> Any:
     if len(values) == 1 or any(value is None for value in values):
         return first if len(values) == 1 else None
     if isinstance(first, dict):
-        shared = [key for key in first if all(key in value for value in values)]
+        shared = [key for key in first if key not in OF_ONE_SEED and all(key in value for value in values)]
         found = {key: combined([value[key] for value in values]) for key in shared}
         for mean, low, high in INTERVALS:
             if found.keys() >= {mean, low, high}:

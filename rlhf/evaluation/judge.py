@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rlhf.evaluation.store import digest
 from rlhf.files import append_text
@@ -28,6 +29,7 @@ from rlhf.settings import Judge
 OPENAI = "https://api.openai.com/v1"
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 LONGEST_PAUSE = 8.0  # seconds before a question is asked again
+SURE, UNSURE = 100, 2  # retries at most: of an endpoint that has answered, and of what may be none
 PLACES = ("prompt", "response_a", "response_b")
 OUTCOMES = {"A": 1.0, "B": 0.0, "C": 0.5}  # of the first response
 
@@ -138,14 +140,16 @@ class LanguageModelJudge:
                 except _CostError:
                     pool.shutdown(cancel_futures=True)  # those that are asked already are paid for
                     raise ValueError(
-                        f"judge: {self.cost:.2f} spent, judge.max_cost={self.settings.max_cost}; the answers "
-                        "are kept: raise it and go on with resume=true, or give a lower judge.num_prompts"
+                        f"judge: {self.cost:.2f} spent by this run, judge.max_cost="
+                        f"{self.settings.max_cost}; the answers are kept: go on with resume=true, or give "
+                        "a lower judge.num_prompts"
                     ) from None
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
-        self._used |= {text: kept[digest(text)] for text in questions}
-        return {text: self._used[text] for text in questions}
+        answers = {text: kept[digest(text)] for text in questions}
+        self._used |= answers
+        return answers
 
     def cost_of_all(self) -> float:
         """What all answers cost that were used, those of earlier runs too."""
@@ -180,9 +184,10 @@ class LanguageModelJudge:
     def _ask(self, question: str) -> Answer:
         import openai
 
-        own, found = self.settings, cast(Any, None)
-        for attempt in range((own.retries or 0) + 1):
+        own = self.settings
+        for attempt in itertools.count(1):
             self._wait_for_turn()
+            found: Any = None
             try:
                 found = self._client.chat.completions.create(
                     model=own.model,
@@ -196,32 +201,32 @@ class LanguageModelJudge:
                 said = f"HTTP {status}: {said}" if status and str(status) not in said else said
                 raise ValueError(f"judge {own.model}: {said}; {_remedy(error, own)}") from None
             except ValueError:  # of the JSON that the client reads
-                found = None
-            if hasattr(found, "choices"):
+                pass
+            text = _text_of(found)
+            if text is not None:
                 break
-            if not self._has_answered:
-                raise ValueError(
-                    f"judge.base_url={own.base_url}: what answers there is no OpenAI-compatible endpoint"
-                )
+            if attempt > min(own.retries or 0, SURE if self._has_answered else UNSURE):
+                self._refuse(attempt)
             time.sleep(min(0.5 * 2**attempt, LONGEST_PAUSE))
-        else:
-            raise ValueError(
-                f"judge {own.model}: {attempt + 1} answers on end were not what an OpenAI-compatible "
-                "endpoint says; go on with resume=true: the answers so far are kept"
-            )
-        self._has_answered = True
-        used = found.usage
-        answer = Answer(
-            found.choices[0].message.content or "" if found.choices else "",
-            used.prompt_tokens if used else 0,
-            used.completion_tokens if used else 0,
-        )
+        self._has_answered, used = True, found.usage
+        answer = Answer(text or "", used.prompt_tokens if used else 0, used.completion_tokens if used else 0)
         line = json.dumps({"question": digest(question), **asdict(answer)}, ensure_ascii=False)
         with self._lock:
             if answer.text:
                 append_text(self._file, f"\n{line}\n")  # also behind a line that was cut short
             self.cost += answer.cost(own)
         return answer
+
+    def _refuse(self, attempts: int) -> None:
+        own = self.settings
+        if not self._has_answered:
+            raise ValueError(
+                f"judge.base_url={own.base_url}: what answers there is no OpenAI-compatible endpoint"
+            )
+        raise ValueError(
+            f"judge {own.model}: {attempts} answers on end were not what an OpenAI-compatible endpoint says; "
+            "go on with resume=true: the answers so far are kept"
+        )
 
     def _wait_for_turn(self) -> None:
         """Wait as the rate limit asks, and stop where the cost has come to its end."""
@@ -277,6 +282,14 @@ def total(judgements: Iterable[Judgement]) -> dict[str, Any]:
         "unreadable_answers": unreadable,
         "first_preferred": sum(firsts) / len(firsts) if firsts else None,
     }
+
+
+def _text_of(found: Any) -> str | None:
+    """The text of an answer, empty where it has none; None where it is no chat completion."""
+    try:
+        return (found.choices[0].message.content or "") if found.choices else ""
+    except (AttributeError, TypeError):
+        return None
 
 
 def _remedy(error: Exception, settings: Judge) -> str:

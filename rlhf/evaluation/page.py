@@ -13,7 +13,6 @@ from markupsafe import Markup
 
 from rlhf.evaluation import plots
 from rlhf.evaluation.compare import Scored, main_system
-from rlhf.evaluation.hacking import highest
 from rlhf.evaluation.origins import lineage_table, names_of
 from rlhf.evaluation.report import (
     COLUMNS,
@@ -77,7 +76,7 @@ def write_page(
         preferences_explained=PREFERENCES,
         preferences={judges[j]: preference_table(report, j) for j in judges if j in judged},
         signals=signals_table(report),
-        highest=[row | {"prompt": as_text(row["prompt"])} for row in (highest(main) if main else ())],
+        highest=[row | {"prompt": as_text(row["prompt"])} for row in report.get("highest", ())],
         judged_system=main and main.system.name,
         overoptimization_explained=OVEROPTIMIZATION,
         overoptimization=curves_table(report),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.evaluation.compare import Scored, main_system
-from rlhf.evaluation.hacking import highest
 from rlhf.evaluation.overoptimization import preferred
 from rlhf.evaluation.plots import (
     CURVES,
@@ -281,7 +280,7 @@ def _markdown(
         f"Wins are against `{report['baseline']}`.\n\n"
         f"{scores}\n{images}\n\n{_preferences(report)}"
         f"## Is the reward hacked?\n\n{warned or 'No sign of it.'}\n\n{table(signals_table(report))}\n"
-        f"{_liked(report, scored)}"
+        f"{_liked(report)}"
         f"{overoptimization_section(report)}"
         f"## Exposure bias\n\n{EXPOSURE}\n\n{table(exposure_table(report))}\n{notes}\n"
         f"## Samples\n\n{_samples(scored, num_samples)}"
@@ -300,8 +299,7 @@ def overoptimization_section(report: dict[str, Any]) -> str:
     return f"## Over-optimisation\n\n{OVEROPTIMIZATION}\n\n{table(curves_table(report))}\n"
 
 
-def _liked(report: dict[str, Any], scored: Sequence[Scored]) -> str:
-    [main] = [each for each in scored if each.system.name == main_system(report)]
+def _liked(report: dict[str, Any]) -> str:
     rows = [
         [
             f"{row['proxy']:.2f}",
@@ -309,12 +307,12 @@ def _liked(report: dict[str, Any], scored: Sequence[Scored]) -> str:
             escaped(_asked(row["prompt"])),
             escaped(row["response"]),
         ]
-        for row in highest(main)
+        for row in report["highest"]
     ]
     if not rows:
         return ""
     liked = table([["proxy", "gold", "prompt", "response"], *rows])
-    return f"The {len(rows)} responses of `{main.system.name}` that the proxy likes best:\n\n{liked}\n"
+    return f"The {len(rows)} responses of `{main_system(report)}` that the proxy likes best:\n\n{liked}\n"
 
 
 def _asked(prompt: Any) -> str:

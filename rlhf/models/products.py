@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from rlhf.derived import derived, rounded
 
-# Inputs narrower than this make products as cheap as what comes before them, which then is held.
+# Layers narrower than this have products as cheap as what comes before them, which then is held.
 NARROW = 256
 
 
@@ -74,16 +74,10 @@ class RmsNorm:
     def backward(self, grad: Tensor, steps: list[Tensor], x: Tensor, weight: Tensor) -> list[Tensor | None]:
         """The gradients of x, computed in float32, and of weight."""
         _, unit, scale = steps
-        exact, of_weight = weight.to(unit.dtype), None
-        inner = grad * exact
-        if weight.requires_grad:
-            turned = grad * unit
-            of_weight = turned.sum(0).to(weight.dtype)
-            means = turned @ (exact / x.shape[1]).unsqueeze(1)
-        else:
-            means = torch.linalg.vecdot(inner, unit).div_(x.shape[1]).unsqueeze(1)
-        grad_x = torch.addcmul(inner, unit, means, value=-1).mul_(scale).to(x.dtype)
-        return [grad_x, of_weight]
+        inner = grad * weight.to(unit.dtype)
+        mean = torch.linalg.vecdot(inner, unit).div_(x.shape[1]).unsqueeze(1)
+        grad_x = torch.addcmul(inner, unit, mean, value=-1).mul_(scale).to(x.dtype)
+        return [grad_x, (grad * unit).sum(0).to(weight.dtype) if weight.requires_grad else None]
 
 
 @functools.lru_cache(maxsize=16)

@@ -216,7 +216,7 @@ def test_an_answer_that_is_no_json_is_asked_for_again(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rlhf.evaluation.judge.time.sleep", lambda seconds: None)
-    broken = {3, 4}
+    broken = {1, 3, 4}
 
     def reply(question: str) -> tuple[int, str]:
         server.raw = ("application/json", b'{"choices": [}') if len(server.questions) in broken else None
@@ -225,8 +225,8 @@ def test_an_answer_that_is_no_json_is_asked_for_again(
     server.reply = reply
     words = ["judge.concurrency=1", "judge.retries=2"]
     assert judged(judge_of(server, tmp_path / "a", *words)).outcomes == [1.0, 0.0, 0.5, 0.5]
-    assert len(server.questions) == 6 + 2
-    broken.update(range(11, 20))
+    assert len(server.questions) == 6 + 3
+    broken.update(range(12, 20))
     with pytest.raises(ValueError, match=r"judge m: 3 answers on end were not .*so far are kept"):
         judged(judge_of(server, tmp_path / "b", *words))
 
@@ -243,13 +243,13 @@ def test_what_is_no_endpoint_is_named(server: Server, tmp_path: Path, kind: str)
     with pytest.raises(
         ValueError, match=r"judge.base_url=http.*: what answers there is no OpenAI-compatible"
     ):
-        judged(judge_of(server, tmp_path))
+        judged(judge_of(server, tmp_path, "judge.retries=0"))
 
 
 def test_the_cost_ends_where_it_is_told_to(server: Server, tmp_path: Path) -> None:
     server.reply = longer
     words = ["judge.price_in=1000", "judge.max_cost=2.5", "judge.concurrency=1"]  # 1 a question
-    with pytest.raises(ValueError, match=r"3.00 spent, judge.max_cost=2.5; the answers are kept"):
+    with pytest.raises(ValueError, match=r"3.00 spent by this run, judge.max_cost=2.5; the answers are kept"):
         judged(judge_of(server, tmp_path, *words))
     assert len(server.questions) == 3
 

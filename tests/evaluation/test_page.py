@@ -17,6 +17,7 @@ import pytest
 
 from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored
+from rlhf.evaluation.hacking import highest
 from rlhf.evaluation.origins import names_of
 from rlhf.evaluation.page import PRINTED, as_text, write_page
 from rlhf.evaluation.systems import Generation, System
@@ -59,6 +60,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     systems = scored_systems()
     report = report_of(systems) | {"commands": ["./launch.sh <script>alert(1)</script>"]}
+    report["highest"] = highest(next(each for each in systems if each.system.name == "ppo"))
     write_page(folder / "report.html", report, systems, {str(stage): record})
     return folder / "report.html"
 

@@ -12,7 +12,7 @@ import pytest
 from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored, common_length, compare, summarise, verdict
 from rlhf.evaluation.exposure import Evidence, PrefixQuality
-from rlhf.evaluation.hacking import signals
+from rlhf.evaluation.hacking import highest, signals
 from rlhf.evaluation.report import (
     COLUMNS,
     exposure_table,
@@ -59,6 +59,7 @@ def report_of(systems: list[Scored]) -> dict[str, Any]:
         "baseline": "sft",
         "reference": "sft",
         "proxy": "a proxy",
+        "highest": [],
         "lineage": [["stage", "from"], ["x/sft", "base=<b>"]],
         "preferences_simulated": True,
         "notes": ["no oracle: <b>"],
@@ -80,8 +81,8 @@ def report_of(systems: list[Scored]) -> dict[str, Any]:
 
 
 def test_text_of_models_stays_text(systems: list[Scored], tmp_path: Path) -> None:
-    scored = [replace(each, proxy=each.gold) for each in systems]
-    write_report(tmp_path, report_of(systems), scored, curves=None, num_samples=len(HOSTILE))
+    report = report_of(systems) | {"highest": highest(replace(systems[1], proxy=systems[1].gold))}
+    write_report(tmp_path, report, systems, curves=None, num_samples=len(HOSTILE))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     for sign in (
         "<script",
