@@ -31,15 +31,10 @@ from rlhf.evaluation.overoptimization import curves
 from rlhf.evaluation.overoptimization import warnings as overoptimized
 from rlhf.evaluation.page import write_page
 from rlhf.evaluation.passes import Evaluation, judge_all, measure_all, sample_all, score_all
-from rlhf.evaluation.report import (
-    COLUMNS,
-    notes_in_words,
-    print_table,
-    table_rows,
-    write_report,
-)
+from rlhf.evaluation.report import write_report
 from rlhf.evaluation.store import store_in
 from rlhf.evaluation.systems import System, build_systems, check_choosers, saved_responses
+from rlhf.evaluation.tables import COLUMNS, notes_in_words, print_table, table_rows
 from rlhf.gates import GATE_STATUS, parse_gates
 from rlhf.models.loading import load_codec, num_parameters, same_tokenizer
 from rlhf.parents import (

@@ -257,7 +257,7 @@ def run(program: str, overrides: list[str]) -> int:
         not_passed = max(not_passed, status)
         print(f"  {(time.monotonic() - started) / 60:.1f} min", flush=True)
     from rlhf.evaluation.exposure_report import FIRST_COLUMNS, comparison_table, write_comparison
-    from rlhf.evaluation.report import curves_table, print_table
+    from rlhf.evaluation.tables import curves_table, print_table
 
     evaluated = {each[-1].config.seed: each[-1].folder for each in seeds}
     report = write_comparison(folder, evaluated, [step.folder for step in steps], shlex.join(command))

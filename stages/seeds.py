@@ -67,8 +67,8 @@ def run(overrides: list[str]) -> int:
                 and not (stage == "collect" and config.data.ranked.train is not None)
             )
     if reports:
-        from rlhf.evaluation.report import print_table
         from rlhf.evaluation.seeds_report import seeds_table, write_seeds_report
+        from rlhf.evaluation.tables import print_table
 
         command = ["./launch.sh", "stage=all", *without_run_mode(overrides)]
         stages = {}

@@ -16,18 +16,16 @@ from rlhf.evaluation.plots import (
     plot_overoptimization,
     saved,
 )
-from rlhf.evaluation.report import (
+from rlhf.evaluation.report import escaped, overoptimization_section, table
+from rlhf.evaluation.tables import (
     COLUMNS,
     EXPOSURE,
     OVERLAPS,
     SIMULATED,
     bands_in_words,
-    escaped,
     exposure_table,
     notes_in_words,
-    overoptimization_section,
     prompts_in_words,
-    table,
     table_rows,
 )
 from rlhf.files import write_text

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from rlhf.evaluation import plots
 from rlhf.evaluation.compare import Scored, main_system
 from rlhf.evaluation.origins import lineage_table, names_of
-from rlhf.evaluation.report import (
+from rlhf.evaluation.tables import (
     COLUMNS,
     EXPOSURE,
     OVEROPTIMIZATION,

@@ -14,9 +14,9 @@ from rlhf.engine import Engine
 from rlhf.evaluation.compare import Scored
 from rlhf.evaluation.exposure import Instruments, evidence_from, measure
 from rlhf.evaluation.judge import Judgement, LanguageModelJudge, total
-from rlhf.evaluation.report import OVERLAPS
 from rlhf.evaluation.store import Store, digest, model_id, scorer_id
 from rlhf.evaluation.systems import Generation, System, choose, generate, reference_logprobs
+from rlhf.evaluation.tables import OVERLAPS
 from rlhf.metrics import progress
 from rlhf.models.loading import load_causal_lm, load_codec, load_options, same_tokenizer
 from rlhf.records import PromptRecord

@@ -11,7 +11,8 @@ import numpy as np
 
 from rlhf.evaluation.exposure_report import combined, warnings_of
 from rlhf.evaluation.page import write_page
-from rlhf.evaluation.report import COLUMNS, bands_in_words, escaped, notes_in_words, table, table_rows
+from rlhf.evaluation.report import escaped, table
+from rlhf.evaluation.tables import COLUMNS, bands_in_words, notes_in_words, table_rows
 from rlhf.files import write_text
 
 

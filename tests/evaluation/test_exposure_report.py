@@ -17,8 +17,8 @@ from rlhf.evaluation.exposure_report import (
     write_comparison,
 )
 from rlhf.evaluation.hacking import signals
-from rlhf.evaluation.report import exposure_table
 from rlhf.evaluation.systems import Generation, System
+from rlhf.evaluation.tables import exposure_table
 
 OPTIONS = {"num_bootstrap": 200, "seed": 0}
 NUM_PROMPTS = 12

@@ -12,8 +12,9 @@ from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored, summarise
 from rlhf.evaluation.overoptimization import curves, fit, predicted, preferred, warnings
 from rlhf.evaluation.plots import plot_overoptimization, saved
-from rlhf.evaluation.report import curves_table, overoptimization_section
+from rlhf.evaluation.report import overoptimization_section
 from rlhf.evaluation.systems import Generation, System
+from rlhf.evaluation.tables import curves_table
 
 OPTIONS = {"num_bootstrap": 200, "seed": 0}
 KLS = np.array([0.25, 1.0, 4.0, 9.0, 16.0])

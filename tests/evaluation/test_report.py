@@ -13,17 +13,10 @@ from rlhf.decoding import Decoding
 from rlhf.evaluation.compare import Scored, common_length, compare, summarise, verdict
 from rlhf.evaluation.exposure import Evidence, PrefixQuality
 from rlhf.evaluation.hacking import highest, signals
-from rlhf.evaluation.report import (
-    COLUMNS,
-    exposure_table,
-    preference_table,
-    print_table,
-    table_rows,
-    training_rows,
-    write_report,
-)
+from rlhf.evaluation.report import training_rows, write_report
 from rlhf.evaluation.statistics import Estimate
 from rlhf.evaluation.systems import Generation, System
+from rlhf.evaluation.tables import COLUMNS, exposure_table, preference_table, print_table, table_rows
 
 HOSTILE = (
     "<script>alert(1)</script>",
