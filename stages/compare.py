@@ -90,8 +90,12 @@ def _settings_of(place: str) -> dict[str, Any] | None:
         if (folder / "config.yaml").is_file() and (folder / "stage.json").is_file():
             try:
                 found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-                return found if {"runs", "name", "data", "model"} <= found.keys() else None
-            except (AttributeError, OSError, ValueError, yaml.YAMLError):
+                place = {
+                    "runs": str(folder.parent.parent),
+                    "name": folder.parent.name,
+                }  # now, if it was moved
+                return {**found, **place} if found["data"]["name"] and found["model"]["path"] else None
+            except (KeyError, TypeError, OSError, ValueError, yaml.YAMLError):
                 return None
     return None
 

@@ -51,13 +51,14 @@ def test_data_and_model_are_those_of_what_is_compared(tmp_path: Path) -> None:
     for name, data in (("a", "toy"), ("b", "toy"), ("c", "film_reviews")):
         folder = tmp_path / name
         folder.mkdir()
-        settings = f"runs: {tmp_path}\nname: mine\ndata: {{name: {data}}}\nmodel: {{path: tiny}}\n"
+        settings = f"runs: /old\nname: old\ndata: {{name: {data}}}\nmodel: {{path: tiny}}\n"
         (folder / "config.yaml").write_text(settings)
         (folder / "stage.json").write_text("{}")
     a, b, c = (f"{tmp_path}/{name}" for name in "abc")
     config, _ = plan([f"a={a}", f"b={b}/model"])
     assert (config.data.name, config.model.path) == ("toy", "tiny")
-    assert config.name.startswith("mine/compare/") and config.proxy["path"] == f"{tmp_path}/mine/rm/model"
+    assert config.name.startswith(f"{tmp_path.name}/compare/")
+    assert config.proxy["path"] == f"{tmp_path}/rm/model", "where the run lies now"
     config, _ = plan([f"a={a}", f"b={b}", "data.on_bad_row=skip", "model.attention=eager", "name=other"])
     assert (config.data.name, config.model.path, config.data.on_bad_row) == ("toy", "tiny", "skip")
     assert config.name.startswith("other/compare/")

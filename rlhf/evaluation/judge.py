@@ -29,7 +29,7 @@ from rlhf.settings import Judge
 OPENAI = "https://api.openai.com/v1"
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 LONGEST_PAUSE = 8.0  # seconds before a question is asked again
-SURE, UNSURE = 100, 2  # retries at most: of an endpoint that has answered, and of what may be none
+UNSURE = 2  # retries at most, of what may be no endpoint at all
 PLACES = ("prompt", "response_a", "response_b")
 OUTCOMES = {"A": 1.0, "B": 0.0, "C": 0.5}  # of the first response
 
@@ -205,7 +205,8 @@ class LanguageModelJudge:
             text = _text_of(found)
             if text is not None:
                 break
-            if attempt > min(own.retries or 0, SURE if self._has_answered else UNSURE):
+            retries = own.retries or 0
+            if attempt > (retries if self._has_answered else min(retries, UNSURE)):
                 self._refuse(attempt)
             time.sleep(min(0.5 * 2**attempt, LONGEST_PAUSE))
         self._has_answered, used = True, found.usage
