@@ -90,11 +90,9 @@ def _settings_of(place: str) -> dict[str, Any] | None:
         if (folder / "config.yaml").is_file() and (folder / "stage.json").is_file():
             try:
                 found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-                place = {
-                    "runs": str(folder.parent.parent),
-                    "name": folder.parent.name,
-                }  # now, if it was moved
-                return {**found, **place} if found["data"]["name"] and found["model"]["path"] else None
+                run = folder.parent  # wherever it was moved to
+                found |= {"runs": str(run.parent), "name": run.name}
+                return found if found["data"]["name"] and found["model"]["path"] else None
             except (KeyError, TypeError, OSError, ValueError, yaml.YAMLError):
                 return None
     return None

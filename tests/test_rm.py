@@ -12,6 +12,7 @@ from rlhf.models.forward import sequence_scores
 from rlhf.models.loading import LoadOptions, head, load_tokenizer, new_reward_model
 from rlhf.numerics.ranking import ranking_loss
 from rlhf.records import RankedList
+from rlhf.rewards import RewardModelScorer
 from rlhf.rm import (
     RankedRow,
     RankingTrainer,
@@ -231,6 +232,14 @@ def test_scores_do_not_change_with_padding_order_or_batch(model: Any) -> None:
     with torch.no_grad():
         assert (sequence_scores(model, *left) - together).abs().max() < 1e-5
     assert together.std() > 0.1
+
+
+def test_a_response_beyond_the_context_is_shown_with_what_to_do(model: Any, codec: TextCodec) -> None:
+    scorer = RewardModelScorer(model, codec, ENGINE, name="rm")
+    assert len(scorer(["my dog is"], ["warm."])) == 1
+    context = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"rm: the response '?\W*warm.* its context {context}: shorten it"):
+        scorer(["my dog is"], ["warm " * context])
 
 
 def test_calibrated_scores_have_mean_0_and_variance_1(model: Any) -> None:
