@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ from rlhf.models.sharded import shard
 from rlhf.ppo import Learner
 from rlhf.processes import leave
 from rlhf.rewards import build_reward
-from rlhf.sampling.policy import ready_to_sample
+from rlhf.sampling.policy import Policy, ready_to_sample
 from rlhf.sampling.sampler import draw_uniforms, sample
 from rlhf.timing import PHASES, Clock, operations_of, seconds_of
 
@@ -145,7 +146,9 @@ def prepare(spec: dict[str, Any]) -> dict[str, float]:
 
 
 def ppo(spec: dict[str, Any]) -> dict[str, Any]:
-    """Episodes a second, seconds of each phase, operations a second and peak memory."""
+    """Episodes a second, seconds of each phase, operations a second and peak memory, of all processes
+    together.
+    """
     config = _ppo_config(spec)
     seed_everything(config.seed)
     engine = _engine(spec)
@@ -172,6 +175,9 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
         memory.append(held_memory(spec["engine"]["device"]) / 2**30)
     whole = time.perf_counter() - started
     seconds = clock.seconds
+    peak = sum(engine.processes.all_of(peak_memory(spec["engine"]["device"]))) / 2**30
+    operations = operations_of(engine, functools.partial(learner.update, experience, step=step))
+    leave()
     return {
         "episodes_per_s": spec["updates"] * config.batch_size / whole,
         "seconds": {**seconds, "other": whole - sum(seconds.values())},
@@ -183,8 +189,8 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
         "one_trunk": roles.actor_critic.policy is roles.actor_critic.critic,
         "dtype": str(engine.dtype).removeprefix("torch."),
         "memory_gib": memory,
-        "peak_memory_gib": peak_memory(spec["engine"]["device"]) / 2**30,
-        "operations": operations_of(engine, functools.partial(learner.update, experience, step=step)),
+        "peak_memory_gib": peak,
+        "operations": operations,
     }
 
 
@@ -246,16 +252,9 @@ def _weights(module: Any) -> int:
 
 
 def _rollout(roles: Roles, prompts: list[list[int]], spec: dict[str, Any], *, seed: int) -> Rollout:
-    policy, length = roles.actor_critic.policy, spec["response_tokens"]
-    with ready_to_sample(policy, roles.engine) as ready:
-        return sample(
-            ready,
-            prompts,
-            Decoding(length),
-            eos_token_id=NEVER_ENDS,
-            pad_token_id=0,
-            uniforms=draw_uniforms(len(prompts), length, seed),
-        )
+    codec: Any = SimpleNamespace(eos_token_id=NEVER_ENDS, pad_token_id=0)
+    policy = Policy(roles.actor_critic.policy, codec, roles.engine)
+    return policy.go_on(prompts, Decoding(spec["response_tokens"]), seed=seed)
 
 
 def _ppo_config(spec: dict[str, Any]) -> Any:

@@ -188,7 +188,13 @@ def find_device(name: str) -> torch.device:
         raise ValueError(
             f"engine.device={name}, but this machine shows no {kind.upper()} device; use engine.device=cpu"
         )
-    return torch.device(name)
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"engine.device={name}, but this process sees {count} GPUs, counted from 0; use "
+            "engine.device=cuda"
+        )
+    return device
 
 
 def _check_same_device(kinds: Sequence[str]) -> None:

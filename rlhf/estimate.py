@@ -23,6 +23,7 @@ FROZEN_BYTES = {"nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with i
 # Frozen models in memory. With adapters ppo has one; a reward model that is no adapter on it is a second.
 ADAPTER_BASES = {"sft": 1, "rm": 1, "ppo": 1}
 FULL_BASES = {"sft": 0, "collect": 1, "rm": 0, "ppo": 2, "evaluate": 3}
+PHASES = ("", "while it samples ", "while it learns ")
 LIST_LENGTH = 4  # responses per ranked list, where the data is not there to be counted
 SMOLLM2 = {
     "model_type": "llama",
@@ -140,11 +141,10 @@ def estimate(stage: str, config: Any) -> list[str]:
         ]
     trained = _trained_parameters(stage, config, shape)
     lines = [f"model     {_count(shape.parameters)} parameters, {_count(trained)} trained by this stage"]
-    parts = _memory(stage, config, shape)
-    together = f"{sum(parts.values()) / 2**30:.2f} GiB, and what the libraries take"
-    lines.append(
-        f"memory    about {together}: " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in parts.items())
-    )
+    phases = _memory(stage, config, shape)
+    parts = [", ".join(f"{k} {v / 2**30:.2f}" for k, v in phase.items() if v) for phase in phases]
+    told = "; ".join(f"{when}{part}" for when, part in zip(PHASES, parts, strict=True) if part)
+    lines.append(f"memory    about {_most(*phases) / 2**30:.2f} GiB, and what the libraries take: {told}")
     return [*lines, _work_line(stage, config, shape)]
 
 
@@ -201,8 +201,8 @@ def _trained_parameters(stage: str, config: StageConfig, shape: Shape) -> int:
     return models * one
 
 
-def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
-    """Return bytes by purpose."""
+def _memory(stage: str, config: Any, shape: Shape) -> tuple[dict[str, float], ...]:
+    """Return bytes by purpose: held all the time, besides while it samples, and besides while it learns."""
     trains = stage in ("sft", "rm", "ppo")
     adapted = trains and bool(config.adapter.r)
     number_bytes, on_processor = _number_bytes(config.engine, shape), not _has_gpu(config.engine)
@@ -218,13 +218,17 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
     count = config.num_processes or 1
     holders = count if stage_of_zero == WEIGHTS else 1
     trained_bytes = _trained_bytes(2 if adapted and holders > 1 else stage_of_zero, count)
-    parts = {
+    held = {
         "frozen weights": bases * frozen / holders,
         "trained weights": _trained_parameters(stage, config, shape) * trained_bytes,
     }
+    sampling: dict[str, float] = {}
+    learning: dict[str, float] = {}
     if stage_of_zero == WEIGHTS and stage != "rm":
         copied = shape.linear * number_bytes + shape.embedding * (number_bytes if adapted else 4)
-        parts["whole copy to sample from"] = copied
+        sampling["whole copy"] = copied
+    elif stage == "ppo" and adapted and quantized is None:
+        sampling["merged weights"] = shape.linear * number_bytes
     rows = config.batch_size * (LIST_LENGTH if stage == "rm" else 1)
     length = config.data.max_prompt_tokens + config.data.max_response_tokens
     if isinstance(config, PPOConfig):
@@ -237,19 +241,23 @@ def _memory(stage: str, config: Any, shape: Shape) -> dict[str, float]:
         if not adapted and not stage_of_zero:  # one model's: each worker adds up those of its passes
             several = own > sizes.workers * a_pass
             sets = sizes.workers * (2 if several else 1) - 1  # one is counted with the trained weights
-            parts["gradients of passes"] = 4.0 * shape.parameters * sets
+            learning["gradients of passes"] = 4.0 * shape.parameters * sets
     else:
         tokens = min(config.engine.micro_batch_size or rows, rows) / count * length
     if trains:
-        parts["rounded weights"] = shape.parameters * number_bytes * (not adapted and number_bytes < 4)
+        held["rounded weights"] = shape.parameters * number_bytes * (not adapted and number_bytes < 4)
         kept = shape.layers * shape.hidden if config.gradient_checkpointing else shape.activations
-        parts["activations"] = tokens * kept * number_bytes
+        learning["activations"] = tokens * kept * number_bytes
         if stage != "rm":
             share = config.data.max_response_tokens / length if stage == "ppo" else 1
-            parts["logits"] = tokens * share * shape.vocab * 2 * number_bytes
+            learning["logits"] = tokens * share * shape.vocab * 2 * number_bytes
     if isinstance(config, PPOConfig) or not trains:
-        parts["sampling cache"] = rows / count * length * shape.layers * 2 * shape.key_value * number_bytes
-    return {name: value for name, value in parts.items() if value}
+        sampling["cache"] = rows / count * length * shape.layers * 2 * shape.key_value * number_bytes
+    return held, sampling, learning
+
+
+def _most(held: dict[str, float], *phases: dict[str, float]) -> float:
+    return sum(held.values()) + max(sum(phase.values()) for phase in phases)
 
 
 def _has_gpu(engine: Any) -> bool:

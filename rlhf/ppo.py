@@ -164,7 +164,7 @@ class Learner:
                 first = None
             if config.approx_kl_stop is not None and history[-1]["approx_kl"] > config.approx_kl_stop:
                 break
-        self.check_weights()
+        self.check_weights(experience.rollout)
         metrics = {name: sum(each[name] for each in history) / len(history) for name in history[0]}
         return metrics | {
             "first_ratio": history[0]["ratio"],
@@ -211,9 +211,9 @@ class Learner:
         self.optimizer.step()
         return totals
 
-    def check_weights(self) -> None:
-        """Stop where the update has left weights that nothing can be computed with, naming the first, before
-        they take the place of a good checkpoint.
+    def check_weights(self, rollout: Rollout) -> None:
+        """Stop where the update has left weights that nothing can be computed with, be it the first row of a
+        rollout, before they take the place of a good checkpoint.
         """
         trained = [own_part(parameter) for part in self.trained for parameter in part]
         if not bool(nn.utils.get_total_norm(trained).isfinite()):
@@ -223,6 +223,17 @@ class Learner:
                 f"{name} is not finite, or too large, after update {self.step}: it is not saved. Lower "
                 "learning_rate or clip.grad_norm"
             )
+        row = rollout.rows(torch.tensor([0]))
+        with torch.no_grad(), self.engine.autocast():
+            found = {"log-probs": self.models.logprobs(row, temperature=1.0)}
+            if self.models.critic is not None:
+                found["values"] = self.models.values(row)
+        for name, numbers in found.items():
+            if not bool(numbers.isfinite().all()):
+                raise ValueError(
+                    f"the {name} of update {self.step}'s weights are not finite: they are not saved. Lower "
+                    "learning_rate or clip.grad_norm"
+                )
 
     def clipped_norms(self) -> list[float]:
         """The norms of the gradients of policy and critic, which are clipped by them."""

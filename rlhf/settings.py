@@ -340,6 +340,7 @@ class BenchConfig:
     response_tokens: int
     epochs: int
     updates: int
+    num_processes: int | None
     find_tokens_per_pass: bool
     zero_processes: int | None
     rounds: int

@@ -42,26 +42,37 @@ def main(overrides: list[str]) -> None:
     peers = [adapter for adapter in config.adapters if config.peer and adapter in ("none", "lora")]
     found: dict[str, Any] = {"ppo": {}, "peer": {}}
     engines = ("zero2", "zero3") if config.zero_processes else ()
+    alone = {**spec["engine"], "deepspeed": None}
     total = 3 + config.rounds * (len(config.adapters) + len(peers)) + len(engines)
     bar = progress(total, initial=0, unit="part", description="bench")
     with tempfile.TemporaryDirectory() as temporary:
         spec["folder"] = temporary
 
         def run(part: str, **more: Any) -> Any:
-            result = run_own(part, {**spec, **more})
+            result = run_own(part, {**spec, "engine": alone, **more})
+            bar.update(1)
+            return result
+
+        def run_ppo(adapter: str) -> Any:
+            if config.num_processes is None:
+                return run("ppo", adapter=adapter)
+            result = run_several("ppo", config.num_processes, {**spec, "adapter": adapter})
             bar.update(1)
             return result
 
         found["products"] = run("products")
         found["sampler"] = run("sampler")
         for name in engines:
-            found.setdefault("rollout", {})[name] = run_several(name, config.zero_processes, spec)
+            engine = {**alone, "deepspeed": load_config("ppo", [f"engine={name}"]).engine.deepspeed}
+            found.setdefault("rollout", {})[name] = run_several(
+                "rollout", config.zero_processes, {**spec, "engine": engine}
+            )
             bar.update(1)
         run("prepare")
         for adapter in config.adapters:
             ours, theirs = [], []
             for _ in range(config.rounds):
-                ours.append(run("ppo", adapter=adapter))
+                ours.append(run_ppo(adapter))
                 if adapter in peers:
                     theirs.append(run_peer(config, spec, ours[0]["dtype"], adapter))
                     bar.update(1)
@@ -79,6 +90,13 @@ def main(overrides: list[str]) -> None:
 
 
 def _check(config: Any) -> None:
+    if (config.engine.name == "single") != (config.num_processes is None):
+        raise ValueError(
+            f"engine={config.engine.name} num_processes={config.num_processes}: several processes need both, "
+            "for instance engine=ddp num_processes=2"
+        )
+    if config.find_tokens_per_pass and config.num_processes is not None:
+        raise ValueError("find_tokens_per_pass=true times one process: leave engine= and num_processes= out")
     for adapter in config.adapters:
         if adapter not in group_choices("adapter"):
             known = group_choices("adapter")
@@ -152,11 +170,9 @@ def run_part(command: list[str], **environment: str) -> Any:
     return json.loads(lines[-1])
 
 
-def run_several(engine: str, count: int, spec: dict[str, Any]) -> Any:
-    """Time a rollout by several processes under an engine of DeepSpeed's."""
-    settings = load_config("ppo", [f"engine={engine}"]).engine.deepspeed
-    spec = {**spec, "part": "rollout", "engine": {**spec["engine"], "deepspeed": settings}}
-    command = [sys.executable, "-m", "rlhf.bench", json.dumps(spec)]
+def run_several(part: str, count: int, spec: dict[str, Any]) -> Any:
+    """Run a part of `rlhf.bench` in several processes that do it together."""
+    command = [sys.executable, "-m", "rlhf.bench", json.dumps({**spec, "part": part})]
     with tempfile.TemporaryFile("w+") as said:
         children = start(
             command, Place(count, count, 0, None), None, stdout=subprocess.PIPE, stderr=said, text=True
@@ -164,7 +180,7 @@ def run_several(engine: str, count: int, spec: dict[str, Any]) -> Any:
         lines = [child.communicate()[0].strip().splitlines() for child in children]
         if any(child.returncode for child in children) or not lines[0]:
             said.seek(0)
-            raise ValueError(f"the rollout under {engine} failed:\n" + said.read()[-3000:])
+            raise ValueError(f"{part} by {count} processes failed:\n" + said.read()[-3000:])
     return json.loads(lines[0][-1])
 
 

@@ -50,7 +50,7 @@ def place_of(config: Any) -> Place:
     asked = config.num_processes
     if config.engine.name == "single":
         given = {"num_processes": (asked or 1) > 1, "num_machines": config.num_machines > 1}
-        given["hostfile"] = config.hostfile is not None
+        given |= {key: bool(getattr(config, key)) for key in ("hostfile", "main_address", "machine_rank")}
         for key in (key for key, several in given.items() if several):
             raise ValueError(f"{key}={getattr(config, key)} needs several processes: set engine=ddp or zero2")
         return Place(1, 1, 0, None)

@@ -40,6 +40,18 @@ def test_the_bench_runs_and_writes_its_tables(tmp_path: Path) -> None:
     assert "one base for four roles" in report and "Hugging Face generate" in report
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_updates_are_timed_with_several_processes(tmp_path: Path, engine: str) -> None:
+    from stages.bench import main
+
+    sizes = ["batch_size=4", "prompt_tokens=6", "response_tokens=4", "updates=2", "engine.device=cpu"]
+    several = [f"engine={engine}", "num_processes=2", "adapters=[none]"]
+    main(["model=tiny", f"runs={tmp_path}", "name=x", *sizes, *several])
+    row = json.loads((tmp_path / "x" / "bench" / "bench.json").read_text())["ppo"]["none"]
+    assert row["episodes_per_s"] * sum(row["seconds"].values()) == pytest.approx(8)
+    assert row["peak_memory_gib"] > 0.4, "of both together"
+
+
 FIND = [
     "model=tiny",
     "prompt_tokens=10",
@@ -131,6 +143,8 @@ def test_ratios_to_the_peer_stand_in_the_table() -> None:
     [
         ("adapters=[none,lorra]", r"^adapters: did you mean lora\? lorra is none of int8, lora, none, qlora"),
         ("peer=/nope.py", "^peer=/nope.py: no such file"),
+        ("num_processes=2", "^engine=single num_processes=2: several processes need both"),
+        ("engine=zero2", "^engine=zero2 num_processes=None: several processes need both"),
         ("model=/nope", "^model '/nope': does not exist"),
     ],
 )

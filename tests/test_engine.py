@@ -128,3 +128,11 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, na
     with pytest.raises(ValueError, match=expected):
         find_device(name)
     assert find_device("auto").type == find_device("cpu").type == "cpu"
+
+
+def test_a_gpu_beyond_those_of_the_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert find_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match=r"engine.device=cuda:2, but this process sees 2 GPUs"):
+        find_device("cuda:2")

@@ -407,6 +407,22 @@ def test_weights_that_the_last_step_blew_up_are_named_and_stop_the_run(folder: P
         learner.update(experience_of(roles, config), step=1)
 
 
+@pytest.mark.parametrize(("model", "numbers"), [("policy", "log-probs"), ("critic", "values")])
+def test_weights_too_large_to_compute_with_are_not_left(folder: Path, model: str, numbers: str) -> None:
+    config = settings(folder, learning_rate=0.0, critic_learning_rate=0.0, epochs=1)
+    roles = roles_of(config)
+    learner = Learner(roles.actor_critic, roles.engine, config)
+    experience = experience_of(roles, config)
+    learner.update(experience, step=1)
+    with torch.no_grad():
+        for name, weight in getattr(roles.actor_critic, model).named_parameters():
+            if "mlp" in name:
+                weight.mul_(1e15)  # three follow one another, and each alone is finite
+    expected = f"^the {numbers} of update 1's weights are not finite: they are not saved"
+    with pytest.raises(ValueError, match=expected):
+        learner.check_weights(experience.rollout)
+
+
 def test_an_infinite_gradient_stops_and_is_named(folder: Path) -> None:
     config = settings(folder)
     roles = roles_of(config)

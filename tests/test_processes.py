@@ -301,6 +301,8 @@ def test_machines_that_disagree_are_found_at_the_start(tiny_run: Path, tmp_path:
         (["num_processes=2"], "num_processes=2 needs several processes: set engine=ddp or zero2"),
         (["num_machines=2"], "num_machines=2 needs several processes: set engine=ddp or zero2"),
         (["hostfile=x"], "hostfile=x needs several processes: set engine=ddp or zero2"),
+        (["main_address=h"], "main_address=h needs several processes: set engine=ddp or zero2"),
+        (["machine_rank=1"], "machine_rank=1 needs several processes: set engine=ddp or zero2"),
         (["engine=ddp", "hostfile=x", "num_processes=2"], "hostfile= says how many"),
         (["engine=ddp"], "engine=ddp: give num_processes="),
         (
