@@ -19,10 +19,10 @@ from rlhf.evaluation.plots import (
 from rlhf.evaluation.report import escaped, overoptimization_section, table
 from rlhf.evaluation.tables import (
     COLUMNS,
-    EXPOSURE,
     OVERLAPS,
     SIMULATED,
     bands_in_words,
+    exposure_in_words,
     exposure_table,
     notes_in_words,
     prompts_in_words,
@@ -165,13 +165,14 @@ def write_comparison(
 def _markdown(report: dict[str, Any], seeds: dict[int, Path], plots: Sequence[str]) -> str:
     numbers = ", ".join(map(str, seeds))
     simulated = f"\n{SIMULATED}\n" if report["preferences_simulated"] else ""
+    oracle = f" The oracle is `{report['oracle']}`." if report["oracle"] else ""
     return (
         f"# {escaped(report['name'])}\n{simulated}\n"
         f"Seeds {numbers}; {prompts_in_words(report)}, one response each, the same for all. "
         f"{bands_in_words(report)} KL is to `{report['reference']}` in nats per response; of a system that "
-        f"draws nothing its log-prob counts as 0. The oracle is `{report['oracle']}`.\n\n"
+        f"draws nothing its log-prob counts as 0.{oracle}\n\n"
         f"{table(comparison_table(report))}\n"
-        f"{EXPOSURE}\n\n"
+        f"{exposure_in_words(report)}\n\n"
         + "".join(f"- {escaped(note)}\n" for note in notes_in_words(report))
         + "\n"
         + "\n".join(f"![{name}](plots/{name})" for name in plots)

@@ -16,12 +16,12 @@ from rlhf.evaluation.compare import Scored, main_system
 from rlhf.evaluation.origins import lineage_table, names_of
 from rlhf.evaluation.tables import (
     COLUMNS,
-    EXPOSURE,
     OVEROPTIMIZATION,
     PREFERENCES,
     SIMULATED,
     bands_in_words,
     curves_table,
+    exposure_in_words,
     exposure_table,
     kl_in_words,
     notes_in_words,
@@ -80,7 +80,7 @@ def write_page(
         judged_system=main and main.system.name,
         overoptimization_explained=OVEROPTIMIZATION,
         overoptimization=curves_table(report),
-        exposure_explained=EXPOSURE,
+        exposure_explained=exposure_in_words(report),
         exposure=exposure_table(report),
         curves=list(_curves(stages)),
         orders=_orders(report["baseline"], main.system.name) if main else {},

@@ -21,12 +21,12 @@ from rlhf.evaluation.plots import (
 )
 from rlhf.evaluation.tables import (
     COLUMNS,
-    EXPOSURE,
     OVEROPTIMIZATION,
     PREFERENCES,
     SIMULATED,
     bands_in_words,
     curves_table,
+    exposure_in_words,
     exposure_table,
     kl_in_words,
     notes_in_words,
@@ -101,7 +101,7 @@ def _markdown(
         f"## Is the reward hacked?\n\n{warned or 'No sign of it.'}\n\n{table(signals_table(report))}\n"
         f"{_liked(report)}"
         f"{overoptimization_section(report)}"
-        f"## Exposure bias\n\n{EXPOSURE}\n\n{table(exposure_table(report))}\n{notes}\n"
+        f"## Exposure bias\n\n{exposure_in_words(report)}\n\n{table(exposure_table(report))}\n{notes}\n"
         f"## Samples\n\n{_samples(scored, num_samples)}"
         f"\n## Where it comes from\n\n{table(lineage)}"
         "\n## How to reproduce\n\nIn an empty `runs=` folder:\n\n"

@@ -96,6 +96,12 @@ def exposure_table(report: dict[str, Any]) -> list[list[str]]:
     return [[cell for cell, keep in zip(row, shown, strict=True) if keep] for row in rows]
 
 
+def exposure_in_words(report: dict[str, Any]) -> str:
+    """What the measures of that table are; nothing where those that need words were not taken."""
+    exposures = [entry["exposure"] for entry in report["systems"].values()]
+    return EXPOSURE if any(each["excess_error"] or each["prefix_quality"] for each in exposures) else ""
+
+
 def preference_table(report: dict[str, Any], judge: str) -> list[list[str]]:
     """Who beats whom by a judge: a header, and a row a system, the strongest first, as text."""
     rates = {each["a"]: each for each in report["win_rates"] if each["judge"] == judge}
