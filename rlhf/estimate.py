@@ -23,7 +23,7 @@ FROZEN_BYTES = {"nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with i
 # Frozen models in memory. With adapters ppo has one; a reward model that is no adapter on it is a second.
 ADAPTER_BASES = {"sft": 1, "rm": 1, "ppo": 1}
 FULL_BASES = {"sft": 0, "collect": 1, "rm": 0, "ppo": 2, "evaluate": 3}
-PHASES = ("", "while it samples ", "while it learns ")
+PLACES = ("", "while it samples ", "while it learns ", "in the processor's memory ")
 LIST_LENGTH = 4  # responses per ranked list, where the data is not there to be counted
 SMOLLM2 = {
     "model_type": "llama",
@@ -141,10 +141,10 @@ def estimate(stage: str, config: Any) -> list[str]:
         ]
     trained = _trained_parameters(stage, config, shape)
     lines = [f"model     {_count(shape.parameters)} parameters, {_count(trained)} trained by this stage"]
-    phases = _memory(stage, config, shape)
-    parts = [", ".join(f"{k} {v / 2**30:.2f}" for k, v in phase.items() if v) for phase in phases]
-    told = "; ".join(f"{when}{part}" for when, part in zip(PHASES, parts, strict=True) if part)
-    lines.append(f"memory    about {_most(*phases) / 2**30:.2f} GiB, and what the libraries take: {told}")
+    found = _memory(stage, config, shape)
+    parts = [", ".join(f"{k} {v / 2**30:.2f}" for k, v in each.items() if v) for each in found]
+    told = "; ".join(f"{place}{part}" for place, part in zip(PLACES, parts, strict=True) if part)
+    lines.append(f"memory    about {_most(*found) / 2**30:.2f} GiB, and what the libraries take: {told}")
     return [*lines, _work_line(stage, config, shape)]
 
 
@@ -202,7 +202,9 @@ def _trained_parameters(stage: str, config: StageConfig, shape: Shape) -> int:
 
 
 def _memory(stage: str, config: Any, shape: Shape) -> tuple[dict[str, float], ...]:
-    """Return bytes by purpose: held all the time, besides while it samples, and besides while it learns."""
+    """Return bytes by purpose: held all the time, besides while it samples, and besides while it learns; and
+    what a GPU's engine keeps in the processor's memory.
+    """
     trains = stage in ("sft", "rm", "ppo")
     adapted = trains and bool(config.adapter.r)
     number_bytes, on_processor = _number_bytes(config.engine, shape), not _has_gpu(config.engine)
@@ -222,6 +224,8 @@ def _memory(stage: str, config: Any, shape: Shape) -> tuple[dict[str, float], ..
         "frozen weights": bases * frozen / holders,
         "trained weights": _trained_parameters(stage, config, shape) * trained_bytes,
     }
+    offloaded = {} if on_processor or not stage_of_zero else _offloaded(config.engine, held, trained_bytes)
+    held = {name: size - offloaded.get(name, 0.0) for name, size in held.items()}
     sampling: dict[str, float] = {}
     learning: dict[str, float] = {}
     if stage_of_zero == WEIGHTS and stage != "rm":
@@ -253,11 +257,26 @@ def _memory(stage: str, config: Any, shape: Shape) -> tuple[dict[str, float], ..
             learning["logits"] = tokens * share * shape.vocab * 2 * number_bytes
     if isinstance(config, PPOConfig) or not trains:
         sampling["cache"] = rows / count * length * shape.layers * 2 * shape.key_value * number_bytes
-    return held, sampling, learning
+    return held, sampling, learning, offloaded
 
 
-def _most(held: dict[str, float], *phases: dict[str, float]) -> float:
-    return sum(held.values()) + max(sum(phase.values()) for phase in phases)
+def _offloaded(engine: Any, held: dict[str, float], trained_bytes: float) -> dict[str, float]:
+    """What of the weights DeepSpeed keeps in the processor's memory: with the optimizer all but the weights
+    themselves, with the weights all.
+    """
+    settings = engine.deepspeed["zero_optimization"]
+    if (settings.get("offload_param") or {}).get("device") == "cpu":
+        return held
+    if (settings.get("offload_optimizer") or {}).get("device") != "cpu":
+        return {}
+    own = 4.0 if settings["stage"] < WEIGHTS else trained_bytes / 5  # of 20 bytes for each of its weights
+    return {"trained weights": held["trained weights"] * (1 - own / trained_bytes)}
+
+
+def _most(
+    held: dict[str, float], sampling: dict[str, float], learning: dict[str, float], _: dict[str, float]
+) -> float:
+    return sum(held.values()) + max(sum(sampling.values()), sum(learning.values()))
 
 
 def _has_gpu(engine: Any) -> bool:

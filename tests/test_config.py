@@ -554,7 +554,7 @@ def memory_phases(
 
 
 def memory_parts(*words: str) -> dict[str, float]:
-    return dict(part for phase in memory_phases(*words) for part in phase.items())
+    return dict(part for phase in memory_phases(*words)[:3] for part in phase.items())
 
 
 def test_activations_are_those_of_the_passes_held_at_a_time() -> None:
@@ -596,11 +596,26 @@ def test_the_estimate_is_what_a_gpu_held(adapter: str, held: float) -> None:
 
 
 def test_a_rollout_with_adapters_holds_their_product_merged_and_no_activations() -> None:
-    held, sampling, learning = memory_phases("adapter=lora", "engine.dtype=float32")
+    held, sampling, learning, _ = memory_phases("adapter=lora", "engine.dtype=float32")
     assert sampling["merged weights"] == 4 * 106_168_320  # those of SmolLM2's linear layers
     most = sum(held.values()) + max(sum(sampling.values()), sum(learning.values()))
-    assert estimate._most(held, sampling, learning) == most
+    assert estimate._most(held, sampling, learning, {}) == most
     assert "merged weights" not in memory_parts("adapter=qlora"), "4 bits keep the adapter beside them"
+
+
+def test_what_is_offloaded_lies_in_the_processors_memory_where_there_is_a_gpu() -> None:
+    def trained(engine: str, device: str = "cuda") -> list[float]:
+        words = ["adapter=none", "num_processes=2", f"engine={engine}"]
+        held, *_, offloaded = memory_phases(*words, device=device)
+        sizes = (held["trained weights"], offloaded.get("trained weights", 0.0))
+        return [size / (2 * 134_479_872) for size in sizes]
+
+    # bytes per weight of policy and critic, in each of two processes
+    assert trained("zero2") == [4 + 16 / 2, 0]
+    assert trained("zero2_offload") == pytest.approx([4, 16 / 2])
+    assert trained("zero3") == [20 / 2, 0]
+    assert trained("zero3_offload") == [0, 20 / 2]
+    assert trained("zero3_offload", device="cpu") == [20 / 2, 0], "the processor's memory is all there is"
 
 
 def test_passes_of_full_weights_hold_gradients_of_their_own() -> None:

@@ -37,6 +37,8 @@ from rlhf.evaluation.tables import (
 )
 from rlhf.files import write_text
 
+LONGEST = 2000  # characters of a prompt or response in report.md
+
 
 def write_report(
     folder: Path, report: dict[str, Any], scored: Sequence[Scored], *, curves: Path | None, num_samples: int
@@ -123,8 +125,8 @@ def _liked(report: dict[str, Any]) -> str:
         [
             f"{row['proxy']:.2f}",
             "-" if row["gold"] is None else f"{row['gold']:.2f}",
-            escaped(_asked(row["prompt"])),
-            escaped(row["response"]),
+            _shown(_asked(row["prompt"])),
+            _shown(row["response"]),
         ]
         for row in report["highest"]
     ]
@@ -132,6 +134,11 @@ def _liked(report: dict[str, Any]) -> str:
         return ""
     liked = table([["proxy", "gold", "prompt", "response"], *rows])
     return f"The {len(rows)} responses of `{main_system(report)}` that the proxy likes best:\n\n{liked}\n"
+
+
+def _shown(text: str) -> str:
+    """Text as a cell, cut where it is very long: all of it is in generations/."""
+    return escaped(text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text)} characters)")
 
 
 def _asked(prompt: Any) -> str:
@@ -162,12 +169,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def _samples(scored: Sequence[Scored], num_samples: int) -> str:
     blocks = []
     for i in range(min(num_samples, len(scored[0].generations))):
-        text = escaped(_asked(scored[0].generations[i].prompt))
+        text = _shown(_asked(scored[0].generations[i].prompt))
         lines = [f"**{text}** ...\n\n| system | response | gold | proxy |\n|---|---|---|---|\n"]
         for each in scored:
             numbers = " | ".join(f"{scores[i]:.2f}" if scores else "-" for scores in (each.gold, each.proxy))
             lines.append(
-                f"| {escaped(each.system.name)} | {escaped(each.generations[i].response)} | {numbers} |\n"
+                f"| {escaped(each.system.name)} | {_shown(each.generations[i].response)} | {numbers} |\n"
             )
         blocks.append("".join(lines))
     return "\n".join(blocks)

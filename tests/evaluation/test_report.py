@@ -103,6 +103,18 @@ def test_text_of_models_stays_text(systems: list[Scored], tmp_path: Path) -> Non
     assert not [line for line in samples.splitlines() if line.startswith(("# ", "---"))]
 
 
+def test_a_very_long_text_is_cut_in_the_table_of_samples(systems: list[Scored], tmp_path: Path) -> None:
+    long = Generation("p" * 2001, "r" * 100_000, [1, 2, 3, 4, 5], ended=True, logprob=-1.0)
+    systems = [replace(each, generations=[long, *each.generations[1:]]) for each in systems]
+    report = report_of(systems)
+    write_report(tmp_path, report, systems, curves=None, num_samples=2)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"**{'p' * 2000} ... (2001 characters)** ..." in text
+    assert text.count(f"| {'r' * 2000} ... (100000 characters) |") == 2
+    assert "r" * 100_000 in (tmp_path / "generations" / "sft.jsonl").read_text(encoding="utf-8")
+    assert "## Exposure bias" in text and "Excess error: how" not in text, "nothing of it was measured"
+
+
 def test_the_files_are_there_and_the_plots_are_pictures(systems: list[Scored], tmp_path: Path) -> None:
     curves = tmp_path / "metrics.jsonl"
     lines = [{"step": i, "score": i / 2, "kl": 0.1 * i, "length": 20.0} for i in range(5)]
@@ -164,6 +176,7 @@ def test_the_table_of_exposure_bias_by_hand(systems: list[Scored], tmp_path: Pat
     assert second[:4] == ["p|po", nothing, "-", nothing] and second[6:] == ["-", "-"]
     assert all(len(row) == len(header) for row in (first, second))
     write_report(tmp_path, report, with_both, curves=None, num_samples=1)
+    assert "Excess error: how much farther" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "](plots/excess_error.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert (tmp_path / "plots" / "excess_error.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
