@@ -141,10 +141,10 @@ def estimate(stage: str, config: Any) -> list[str]:
         ]
     trained = _trained_parameters(stage, config, shape)
     lines = [f"model     {_count(shape.parameters)} parameters, {_count(trained)} trained by this stage"]
-    found = _memory(stage, config, shape)
-    parts = [", ".join(f"{k} {v / 2**30:.2f}" for k, v in each.items() if v) for each in found]
+    memory = _memory(stage, config, shape)
+    parts = [", ".join(f"{k} {v / 2**30:.2f}" for k, v in each.items() if v) for each in memory]
     told = "; ".join(f"{place}{part}" for place, part in zip(PLACES, parts, strict=True) if part)
-    lines.append(f"memory    about {_most(*found) / 2**30:.2f} GiB, and what the libraries take: {told}")
+    lines.append(f"memory    about {_most(*memory) / 2**30:.2f} GiB, and what the libraries take: {told}")
     return [*lines, _work_line(stage, config, shape)]
 
 
@@ -201,7 +201,7 @@ def _trained_parameters(stage: str, config: StageConfig, shape: Shape) -> int:
     return models * one
 
 
-def _memory(stage: str, config: Any, shape: Shape) -> tuple[dict[str, float], ...]:
+def _memory(stage: str, config: Any, shape: Shape) -> Memory:
     """Return bytes by purpose: held all the time, besides while it samples, and besides while it learns; and
     what a GPU's engine keeps in the processor's memory.
     """
