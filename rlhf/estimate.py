@@ -9,7 +9,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf.discriminator_settings import is_adversarial, settings_in
 from rlhf.pass_sizes import SMALL_MODEL, pass_sizes, processor_has_bf16
@@ -23,7 +23,6 @@ FROZEN_BYTES = {"nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with i
 # Frozen models in memory. With adapters ppo has one; a reward model that is no adapter on it is a second.
 ADAPTER_BASES = {"sft": 1, "rm": 1, "ppo": 1}
 FULL_BASES = {"sft": 0, "collect": 1, "rm": 0, "ppo": 2, "evaluate": 3}
-PLACES = ("", "while it samples ", "while it learns ", "in the processor's memory ")
 LIST_LENGTH = 4  # responses per ranked list, where the data is not there to be counted
 SMOLLM2 = {
     "model_type": "llama",
@@ -84,6 +83,27 @@ class Shape:
         return self.layers * rank * (ends + (3 if self.gated else 2) * (self.hidden + self.inner))
 
 
+class Memory(NamedTuple):
+    """Bytes by purpose."""
+
+    held: dict[str, float]  # all the time
+    sampling: dict[str, float]  # besides, while it samples
+    learning: dict[str, float]
+    offloaded: dict[str, float]  # of a GPU's engine, in the processor's memory
+
+    @property
+    def most(self) -> float:
+        """What is held at one time."""
+        return sum(self.held.values()) + max(sum(self.sampling.values()), sum(self.learning.values()))
+
+    def in_words(self) -> str:
+        """The whole and its parts, in GiB."""
+        places = ("", "while it samples ", "while it learns ", "in the processor's memory ")
+        parts = [", ".join(f"{k} {v / 2**30:.2f}" for k, v in each.items() if v) for each in self]
+        told = "; ".join(f"{place}{part}" for place, part in zip(places, parts, strict=True) if part)
+        return f"about {self.most / 2**30:.2f} GiB, and what the libraries take: {told}"
+
+
 def find_config(path: str) -> dict[str, Any] | None:
     """Return a model's config.json from its folder, our cache or the hub's; None where there is none."""
     if path in EMBEDDED:
@@ -141,10 +161,7 @@ def estimate(stage: str, config: Any) -> list[str]:
         ]
     trained = _trained_parameters(stage, config, shape)
     lines = [f"model     {_count(shape.parameters)} parameters, {_count(trained)} trained by this stage"]
-    memory = _memory(stage, config, shape)
-    parts = [", ".join(f"{k} {v / 2**30:.2f}" for k, v in each.items() if v) for each in memory]
-    told = "; ".join(f"{place}{part}" for place, part in zip(PLACES, parts, strict=True) if part)
-    lines.append(f"memory    about {_most(*memory) / 2**30:.2f} GiB, and what the libraries take: {told}")
+    lines.append(f"memory    {memory(stage, config, shape).in_words()}")
     return [*lines, _work_line(stage, config, shape)]
 
 
@@ -201,10 +218,8 @@ def _trained_parameters(stage: str, config: StageConfig, shape: Shape) -> int:
     return models * one
 
 
-def _memory(stage: str, config: Any, shape: Shape) -> Memory:
-    """Return bytes by purpose: held all the time, besides while it samples, and besides while it learns; and
-    what a GPU's engine keeps in the processor's memory.
-    """
+def memory(stage: str, config: Any, shape: Shape) -> Memory:
+    """What one process of a stage will hold."""
     trains = stage in ("sft", "rm", "ppo")
     adapted = trains and bool(config.adapter.r)
     number_bytes, on_processor = _number_bytes(config.engine, shape), not _has_gpu(config.engine)
@@ -257,7 +272,7 @@ def _memory(stage: str, config: Any, shape: Shape) -> Memory:
             learning["logits"] = tokens * share * shape.vocab * 2 * number_bytes
     if isinstance(config, PPOConfig) or not trains:
         sampling["cache"] = rows / count * length * shape.layers * 2 * shape.key_value * number_bytes
-    return held, sampling, learning, offloaded
+    return Memory(held, sampling, learning, offloaded)
 
 
 def _offloaded(engine: Any, held: dict[str, float], trained_bytes: float) -> dict[str, float]:
@@ -271,12 +286,6 @@ def _offloaded(engine: Any, held: dict[str, float], trained_bytes: float) -> dic
         return {}
     own = 4.0 if settings["stage"] < WEIGHTS else trained_bytes / 5  # of 20 bytes for each of its weights
     return {"trained weights": held["trained weights"] * (1 - own / trained_bytes)}
-
-
-def _most(
-    held: dict[str, float], sampling: dict[str, float], learning: dict[str, float], _: dict[str, float]
-) -> float:
-    return sum(held.values()) + max(sum(sampling.values()), sum(learning.values()))
 
 
 def _has_gpu(engine: Any) -> bool:

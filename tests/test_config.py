@@ -544,17 +544,15 @@ def test_lora_parameters_by_hand() -> None:
     assert shape.lora_parameters(3) == 2 * 3 * 64
 
 
-def memory_phases(
-    *words: str, model: dict[str, Any] = estimate.SMOLLM2, device: str = "cpu"
-) -> tuple[dict[str, float], ...]:
+def memory_of(*words: str, model: dict[str, Any] = estimate.SMOLLM2, device: str = "cpu") -> estimate.Memory:
     config = load_config("ppo", [f"engine.device={device}", *words])
     shape = estimate.read_shape(model)
     assert shape is not None
-    return estimate._memory("ppo", config, shape)
+    return estimate.memory("ppo", config, shape)
 
 
 def memory_parts(*words: str) -> dict[str, float]:
-    return dict(part for phase in memory_phases(*words)[:3] for part in phase.items())
+    return dict(part for phase in memory_of(*words)[:3] for part in phase.items())
 
 
 def test_activations_are_those_of_the_passes_held_at_a_time() -> None:
@@ -570,7 +568,7 @@ def test_activations_are_those_of_the_passes_held_at_a_time() -> None:
 
 def test_the_estimate_shrinks_with_adapters_and_bits_and_admits_what_it_cannot_know() -> None:
     def memory(*words: str) -> float:
-        return estimate._most(*memory_phases(*words))
+        return memory_of(*words).most
 
     assert memory("adapter=qlora") < memory("adapter=int8") < memory("adapter=lora") < memory("adapter=none")
     several = ["adapter=none", "num_processes=4"]
@@ -591,23 +589,23 @@ def test_the_estimate_is_what_a_gpu_held(adapter: str, held: float) -> None:
     # stage=bench model=random_1b adapters=[lora,none] on one NVIDIA H200, bfloat16: GiB that PPO held at most
     words = [f"adapter={adapter}", "engine.dtype=bfloat16", "batch_size=32", "minibatches=1"]
     words += ["data.max_prompt_tokens=48", "data.max_response_tokens=32"]
-    phases = memory_phases(*words, model=estimate.KNOWN["random_1b"], device="cuda")
-    assert estimate._most(*phases) / 2**30 == pytest.approx(held, rel=0.08)
+    found = memory_of(*words, model=estimate.KNOWN["random_1b"], device="cuda")
+    assert found.most / 2**30 == pytest.approx(held, rel=0.08)
 
 
 def test_a_rollout_with_adapters_holds_their_product_merged_and_no_activations() -> None:
-    held, sampling, learning, _ = memory_phases("adapter=lora", "engine.dtype=float32")
-    assert sampling["merged weights"] == 4 * 106_168_320  # those of SmolLM2's linear layers
-    most = sum(held.values()) + max(sum(sampling.values()), sum(learning.values()))
-    assert estimate._most(held, sampling, learning, {}) == most
+    found = memory_of("adapter=lora", "engine.dtype=float32")
+    assert found.sampling["merged weights"] == 4 * 106_168_320  # those of SmolLM2's linear layers
+    sampling, learning = sum(found.sampling.values()), sum(found.learning.values())
+    assert found.most == sum(found.held.values()) + max(sampling, learning)
     assert "merged weights" not in memory_parts("adapter=qlora"), "4 bits keep the adapter beside them"
 
 
 def test_what_is_offloaded_lies_in_the_processors_memory_where_there_is_a_gpu() -> None:
     def trained(engine: str, device: str = "cuda") -> list[float]:
         words = ["adapter=none", "num_processes=2", f"engine={engine}"]
-        held, *_, offloaded = memory_phases(*words, device=device)
-        sizes = (held["trained weights"], offloaded.get("trained weights", 0.0))
+        found = memory_of(*words, device=device)
+        sizes = (found.held["trained weights"], found.offloaded.get("trained weights", 0.0))
         return [size / (2 * 134_479_872) for size in sizes]
 
     # bytes per weight of policy and critic, in each of two processes
