@@ -4,6 +4,7 @@ The YAML files under configs/ carry every value, the dataclasses of `rlhf.settin
 is `group=choice` (a file of configs/<group>/), `key=value`, or `<stage>.key=value` for that stage alone.
 """
 
+import contextlib
 import copy
 import os
 import typing
@@ -27,10 +28,11 @@ from rlhf.settings import (
     ChatConfig,
     ComparisonConfig,
     Decoding,
+    EvaluateConfig,
     PPOConfig,
     StageConfig,
 )
-from rlhf.specs import check_seeds
+from rlhf.specs import check_seeds, with_policies
 from rlhf.validation import check_config
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
@@ -86,7 +88,11 @@ def load_config(stage: str, overrides: list[str]) -> Any:
             raise ValueError(_unknown_key(stage, key))
     config = _compose(stage, groups)
     for key, text in values:
-        _set(config, stage, key, _read(value_type(stage, key), text))
+        try:
+            value = _read(value_type(stage, key), text)
+        except ValueError as error:
+            raise ValueError(f"{key}={error}") from error
+        _set(config, stage, key, value)
     if "runs" in config:
         if not config.runs.strip():
             raise ValueError("runs= is empty: give it a value, or leave it out")
@@ -94,6 +100,8 @@ def load_config(stage: str, overrides: list[str]) -> Any:
     found = _to_object(config)
     if not isinstance(found, ComparisonConfig):
         check_deepspeed(found)
+    if isinstance(found, EvaluateConfig):
+        found.systems = {name: with_policies(system) for name, system in found.systems.items()}
     if isinstance(found, PPOConfig) and not needs_critic(found):
         found.critic = None
     return found
@@ -293,6 +301,9 @@ def _read_text(text: str) -> str | None:
 
 def _read_value(text: str) -> Any:
     """Read a value in Hydra's grammar, else as YAML where it is a list or mapping, else as a plain string."""
+    if text.startswith(("{", "[")):
+        with contextlib.suppress(yaml.YAMLError):
+            _check_keys_differ(yaml.compose(text), text)
     try:
         override = OverridesParser.create().parse_override(f"key={text}")
         if not override.is_sweep_override():
@@ -307,6 +318,18 @@ def _read_value(text: str) -> Any:
                 f"{text}: not a list or mapping; put quotes around its unusual values"
             ) from error
     return _read_text(text)
+
+
+def _check_keys_differ(node: Any, text: str) -> None:
+    """Raise ValueError where a mapping, or one inside it, has a key twice: the first would be lost."""
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise ValueError(f"{text}: {twice} stands there twice; give one of them another name")
+        parts = [part for _, part in node.value]
+    for part in parts:
+        _check_keys_differ(part, text)
 
 
 def _to_object(config: Any) -> Any:

@@ -182,14 +182,26 @@ def transcript(prompt: Prompt) -> str:
 
 
 def prompt_keys(records: Iterable[Any]) -> set[str]:
-    """The prompts of records, each as the first 16 digits of its key."""
-    return {_key(record)[:16] for record in records}
+    """The prompts of records, each as 16 digits of a key that case and white space do not change."""
+    return {_loose_key(record)[:16] for record in records}
+
+
+def _loose_key(record: Any) -> str:
+    return prompt_key(_bare(_content(record)))
+
+
+def _bare(prompt: Prompt) -> Prompt:
+    if isinstance(prompt, str):
+        return " ".join(prompt.casefold().split())
+    return [message | {"content": " ".join(message["content"].casefold().split())} for message in prompt]
 
 
 def find_overlap(records_a: Iterable[Any], records_b: Iterable[Any]) -> list[Prompt]:
-    """Return the prompts that both have, in the order of the first and each once."""
-    shared = {_key(record) for record in records_b}
-    first = {_key(record): _content(record) for record in records_a}
+    """Return the prompts that both have, but for case and white space, in the order of the first and each
+    once.
+    """
+    shared = {_loose_key(record) for record in records_b}
+    first = {_loose_key(record): _content(record) for record in records_a}
     return [content for key, content in first.items() if key in shared]
 
 

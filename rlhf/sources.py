@@ -111,7 +111,9 @@ def resolve_model(path: str, revision: str | None = None) -> str:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             inner = folder / "model"
-            remedy = f"name {inner}" if inner.is_dir() else "name the folder that holds the weights"
+            found = [inner, *sorted(folder.glob("*/model"))]
+            first = next((each for each in found if each.is_dir()), None)
+            remedy = "name the folder that holds the weights" if first is None else f"name {first}"
             raise ValueError(f"model {path!r}: the folder has no config.json; {remedy}")
         return str(folder.resolve())
     if folder.exists() or is_path_like(path):

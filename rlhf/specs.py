@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from rlhf.decoding import Decoding, system_decoding
@@ -22,6 +23,7 @@ OPTIONAL = {"train", "classifier", "scale"}  # of a scorer's keys
 SOURCE_KEYS = {"path", "split", "subset", "part", "limit", "revision", "columns"}
 SYSTEM_NAME = re.compile(r"\w[\w.+-]*")
 SYSTEM_KEYS = {"path", "decoding", "best_of"}
+MODEL_FILES = ("config.json", "adapter_config.json")  # one of which lies in a model's folder
 ALONE = ("generations", "checkpoints")  # keys of a system that is nothing else
 
 
@@ -95,6 +97,22 @@ def check_systems(systems: dict[str, Any], baseline: str | None, decoding: Decod
         raise ValueError(f"systems: two would be called {twice[0]}; give one of them another name")
     if baseline is not None and baseline not in names and baseline.rpartition("_")[0] not in runs_in(systems):
         raise ValueError(f"baseline={baseline}: not one of the systems {', '.join(names)}")
+
+
+def policy_in(place: str) -> str:
+    """The model in the folder of a stage, or of a run whose ppo has finished; any other place is itself."""
+    folder = Path(place).expanduser()
+    inner = (folder / "model", folder / "ppo" / "model")
+    if folder.is_dir() and not any((folder / name).exists() for name in MODEL_FILES):
+        return str(next((each for each in inner if (each / "config.json").is_file()), place))
+    return place
+
+
+def with_policies(system: Any) -> Any:
+    """A system whose path is that of a model where it was that of a stage or run."""
+    if isinstance(system, str):
+        return policy_in(system)
+    return system | {"path": policy_in(system["path"])} if "path" in system else system
 
 
 def system_names(systems: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from rlhf.gates import parse_gates
 from rlhf.settings import (
     WEIGHTS,
     Adapter,
+    BenchConfig,
     CollectConfig,
     EvaluateConfig,
     Exposure,
@@ -112,6 +113,8 @@ def check_config(config: StageConfig) -> None:
         _check_value(key, value)
     if isinstance(config, StageConfig) and config.overwrite and config.resume:
         raise ValueError("overwrite=true and resume=true contradict each other: give one of them")
+    if isinstance(config, BenchConfig):
+        _check_bench(config)
     _check_adapter(config.adapter)
     _check_shared_weights(config)
     if isinstance(config, SFTConfig):
@@ -276,6 +279,17 @@ def _check_ppo(config: PPOConfig) -> None:
             "distribution that it samples from; set top_k=0 and top_p=1.0 (decoding.top_k and "
             "decoding.top_p are for evaluation)"
         )
+
+
+def _check_bench(config: BenchConfig) -> None:
+    count = config.num_processes
+    if (config.engine.name == "single") != (count is None):
+        raise ValueError(
+            f"engine={config.engine.name} num_processes={'null' if count is None else count}: several "
+            "processes need both, for instance engine=ddp num_processes=2"
+        )
+    if config.find_tokens_per_pass and count is not None:
+        raise ValueError("find_tokens_per_pass=true times one process: leave engine= and num_processes= out")
 
 
 def _check_value(key: str, value: Any) -> None:

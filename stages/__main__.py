@@ -180,7 +180,7 @@ def run_all(overrides: list[str]) -> int:
         for name, config in configs.items():
             show(name, config)
         return 0
-    return seeds.run(overrides) if several else all_stages.run(configs, overrides)
+    return seeds.run(overrides) if several else all_stages.run(configs, overrides)[0]
 
 
 def run_experiments(program: str, overrides: list[str]) -> int:

@@ -35,8 +35,8 @@ def load_configs(overrides: list[str]) -> Configs:
     return configs
 
 
-def run(configs: Configs, overrides: list[str]) -> int:
-    """Run the stages that are due and return the first exit status that is not 0."""
+def run(configs: Configs, overrides: list[str]) -> tuple[int, str | None]:
+    """Run the stages that are due; return the exit status, and the stage that failed, where one did."""
     words = split_overrides(overrides)
     command = ["./launch.sh", "stage=all", *without_run_mode(overrides)]
     skipped, again = reasons_to_skip(configs)
@@ -63,9 +63,9 @@ def run(configs: Configs, overrides: list[str]) -> int:
             how = "interrupted" if interrupted else f"failed with status {status}; with its cause mended"
             resumed = shlex.join([*command, "resume=true"])
             print(f"stage {stage} {how}, go on with: {resumed}", file=sys.stderr)
-            return status
+            return status, stage
     _print_end(configs, minutes)
-    return status
+    return status, None
 
 
 def stage_folder(stage: str, config: Any) -> Path:

@@ -90,13 +90,6 @@ def main(overrides: list[str]) -> None:
 
 
 def _check(config: Any) -> None:
-    if (config.engine.name == "single") != (config.num_processes is None):
-        raise ValueError(
-            f"engine={config.engine.name} num_processes={config.num_processes}: several processes need both, "
-            "for instance engine=ddp num_processes=2"
-        )
-    if config.find_tokens_per_pass and config.num_processes is not None:
-        raise ValueError("find_tokens_per_pass=true times one process: leave engine= and num_processes= out")
     for adapter in config.adapters:
         if adapter not in group_choices("adapter"):
             known = group_choices("adapter")

@@ -17,6 +17,7 @@ import yaml
 
 from rlhf.config import load_config
 from rlhf.gates import GATE_STATUS
+from rlhf.specs import policy_in
 from stages import COMMAND_VARIABLE
 from stages.all import ENTRY_POINT, run_child, stage_folder
 from stages.common import without_run_mode
@@ -37,12 +38,13 @@ def plan(overrides: list[str]) -> tuple[Any, list[str]]:
     for side in SIDES:
         if not given.get(side):
             raise ValueError(
-                f"stage=compare needs {side}=: a checkpoint or stage folder, a hub name, or a file "
+                f"stage=compare needs {side}=: a checkpoint, stage or run folder, a hub name, or a file "
                 "of responses, for instance a=runs/mine/ppo b=runs/mine/sft"
             )
     for word in typed:
         if (key := word.partition("=")[0].split(".")[0]) in INSTEAD:
             raise ValueError(f"{word}: stage=compare says that itself; {INSTEAD[key]}")
+    given = {side: policy_in(place) for side, place in given.items()}
     # a folder for each pair, so that one comparison does not replace another
     digest = hashlib.sha256(f"{given['a']}\n{given['b']}".encode()).hexdigest()[:8]
     systems = json.dumps({side: _system(given[side]) for side in SIDES})
@@ -101,7 +103,7 @@ def _settings_of(place: str) -> dict[str, Any] | None:
 def _system(place: str) -> str | dict[str, str]:
     if place.endswith((".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")):
         return {"generations": place}
-    return str(Path(place) / "model") if (Path(place) / "model" / "config.json").exists() else place
+    return place
 
 
 def run(overrides: list[str]) -> int:

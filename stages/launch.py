@@ -24,6 +24,7 @@ from rlhf.sources import nearest_existing
 
 ENTRY_POINT = PROJECT_DIR / "stages" / "__main__.py"
 DEFAULT_PORT = 29500
+SEVERAL_MACHINES = ("hostfile", "main_address", "main_port", "machine_rank")
 HOST = re.compile(r"(\S+)\s+slots=([1-9]\d*)")
 SECONDS_TO_END = 20.0  # that processes get after a signal before they are killed
 
@@ -50,7 +51,7 @@ def place_of(config: Any) -> Place:
     asked = config.num_processes
     if config.engine.name == "single":
         given = {"num_processes": (asked or 1) > 1, "num_machines": config.num_machines > 1}
-        given |= {key: bool(getattr(config, key)) for key in ("hostfile", "main_address", "machine_rank")}
+        given |= {key: bool(getattr(config, key)) for key in SEVERAL_MACHINES}
         for key in (key for key, several in given.items() if several):
             raise ValueError(f"{key}={getattr(config, key)} needs several processes: set engine=ddp or zero2")
         return Place(1, 1, 0, None)
@@ -63,6 +64,7 @@ def place_of(config: Any) -> Place:
     if config.machine_rank >= config.num_machines:
         raise ValueError(
             f"machine_rank={config.machine_rank} of num_machines={config.num_machines}: they count from 0"
+            + "; give num_machines= too" * (config.num_machines == 1)
         )
     if config.num_machines > 1 and config.main_address is None:
         raise ValueError(f"num_machines={config.num_machines}: give main_address=, the address of machine 0")

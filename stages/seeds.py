@@ -49,24 +49,23 @@ def run(overrides: list[str]) -> int:
     reports, failed, first = {}, {}, 0
     for seed, each in words.items():
         print(f"seed {seed}", flush=True)
-        status = chain.run(configs[seed], each)
+        status, failed_stage = chain.run(configs[seed], each)
         if status in INTERRUPTED:
             command = ["./launch.sh", "stage=all", *without_run_mode(overrides), "resume=true"]
             print(f"go on with: {shlex.join(command)}", file=sys.stderr)
             return status
         if first in (0, GATE_STATUS):  # a failure counts more than a gate
             first = status or first
-        place = chain.stage_folder("evaluate", configs[seed]["evaluate"])
-        if status in (0, GATE_STATUS):
+        if failed_stage is None:
+            place = chain.stage_folder("evaluate", configs[seed]["evaluate"])
             reports[seed] = json.loads((place / "report.json").read_text(encoding="utf-8"))
         else:
-            failed[seed] = next(
-                stage
-                for stage, config in configs[seed].items()
-                if not (chain.stage_folder(stage, config) / "stage.json").exists()
-                and not (stage == "collect" and config.data.ranked.train is not None)
-            )
-    if reports:
+            failed[seed] = failed_stage
+    if not reports:
+        told = ", ".join(f"that of seed {seed} in stage {stage}" for seed, stage in failed.items())
+        old = f"; {folder} is of an earlier run" if folder.exists() else ""
+        print(f"every chain failed, {told}{old}", file=sys.stderr)
+    else:
         from rlhf.evaluation.seeds_report import seeds_table, write_seeds_report
         from rlhf.evaluation.tables import print_table
 

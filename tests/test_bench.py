@@ -144,7 +144,7 @@ def test_ratios_to_the_peer_stand_in_the_table() -> None:
         ("adapters=[none,lorra]", r"^adapters: did you mean lora\? lorra is none of int8, lora, none, qlora"),
         ("peer=/nope.py", "^peer=/nope.py: no such file"),
         ("num_processes=2", "^engine=single num_processes=2: several processes need both"),
-        ("engine=zero2", "^engine=zero2 num_processes=None: several processes need both"),
+        ("engine=zero2", "^engine=zero2 num_processes=null: several processes need both"),
         ("model=/nope", "^model '/nope': does not exist"),
     ],
 )

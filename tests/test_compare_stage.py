@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.config import load_config
 from stages.__main__ import main
 from stages.all import ENTRY_POINT
 from stages.compare import in_one_line, plan
@@ -30,7 +31,7 @@ def test_it_is_an_evaluation_of_both_by_the_runs_own_scorers(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a=x"], "stage=compare needs b=: a checkpoint or stage folder"),
+        (["a=x"], "stage=compare needs b=: a checkpoint, stage or run folder"),
         (["b=x", "a="], "stage=compare needs a="),
         (["b=x", "a"], "stage=compare needs a="),
         (["a=x", "b=y", "systems={c: z}"], "systems={c: z}: stage=compare says that itself; give a= and b="),
@@ -73,6 +74,23 @@ def test_data_and_model_are_those_of_what_is_compared(tmp_path: Path) -> None:
     (tmp_path / "a" / "config.yaml").write_text("{")
     config, _ = plan([f"a={a}", "b=x/y"])
     assert config.data.name == "film_reviews", "of others nothing is known: the default"
+
+
+def test_a_stage_or_a_run_stands_for_its_policy(tmp_path: Path) -> None:
+    for name in ("x/ppo/model", "x/sft/model", "y/sft/model"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    x, y, sft = f"{tmp_path}/x", f"{tmp_path}/y", f"{tmp_path}/x/sft"
+    config, _ = plan([f"a={x}", f"b={sft}"])
+    assert config.systems == {"a": f"{x}/ppo/model", "b": f"{sft}/model"}
+    systems = f"systems={{a: {sft}, b: {{path: {x}, best_of: 2}}, c: {y}, d: {sft}/model, e: org/name}}"
+    assert load_config("evaluate", [*TINY, systems]).systems == {
+        "a": f"{sft}/model",
+        "b": {"path": f"{x}/ppo/model", "best_of": 2},
+        "c": y,  # no ppo: which of its stages is not guessed
+        "d": f"{sft}/model",
+        "e": "org/name",
+    }
 
 
 @pytest.mark.slow

@@ -221,6 +221,12 @@ ADVERSARIAL = "reward=discriminator"
 ZERO = "engine.deepspeed.zero_optimization"
 
 MISTAKES = [
+    ("evaluate", ["systems={a: x, a: y}"], "systems={a: x, a: y}: a stands there twice"),
+    ("evaluate", ["systems={a: {path: x, path: y}}"], "path stands there twice"),
+    ("ppo", ["reward={kind: sum, parts: [{kind: bleu, kind: rouge_l}]}"], "kind stands there twice"),
+    ("bench", ["num_processes=2"], "engine=single num_processes=2: several processes need both"),
+    ("bench", ["engine=zero2"], "engine=zero2 num_processes=null: several processes need both"),
+    ("bench", ["engine=ddp", "num_processes=2", "find_tokens_per_pass=true"], "times one process"),
     ("ppo", ["main_port=99999"], "main_port=99999: a port from 1 to 65535 is expected"),
     ("ppo", ["main_port=0"], "main_port=0: a number that is at least 1 is expected"),
     ("sft", ["lerning_rate=1"], "lerning_rate is not a key of stage sft; did you mean learning_rate?"),

@@ -302,6 +302,7 @@ def test_machines_that_disagree_are_found_at_the_start(tiny_run: Path, tmp_path:
         (["num_machines=2"], "num_machines=2 needs several processes: set engine=ddp or zero2"),
         (["hostfile=x"], "hostfile=x needs several processes: set engine=ddp or zero2"),
         (["main_address=h"], "main_address=h needs several processes: set engine=ddp or zero2"),
+        (["main_port=29501"], "main_port=29501 needs several processes: set engine=ddp or zero2"),
         (["machine_rank=1"], "machine_rank=1 needs several processes: set engine=ddp or zero2"),
         (["engine=ddp", "hostfile=x", "num_processes=2"], "hostfile= says how many"),
         (["engine=ddp"], "engine=ddp: give num_processes="),
@@ -309,7 +310,10 @@ def test_machines_that_disagree_are_found_at_the_start(tiny_run: Path, tmp_path:
             ["engine=ddp", "num_processes=3", "num_machines=2"],
             "num_processes=3 is no multiple of num_machines=2",
         ),
-        (["engine=ddp", "num_processes=2", "machine_rank=1"], "machine_rank=1 of num_machines=1"),
+        (
+            ["engine=ddp", "num_processes=2", "machine_rank=1"],
+            "machine_rank=1 of num_machines=1: they count from 0; give num_machines= too",
+        ),
         (["engine=ddp", "num_processes=2", "num_machines=2"], "num_machines=2: give main_address="),
         (
             ["engine=ddp", "num_processes=2", "num_machines=2", "main_address=no.such.host.invalid"],

@@ -16,6 +16,7 @@ from rlhf.records import (
     find_overlap,
     make_sources,
     prompt_key,
+    prompt_keys,
     read_records,
     write_records,
 )
@@ -259,6 +260,15 @@ def test_overlap_is_found_across_kinds_and_named_once():
     train = [Demonstration("a", "1"), Demonstration("b", "2"), Demonstration("a", "3")]
     assert find_overlap(train, [PromptRecord([{"role": "user", "content": "a"}])]) == ["a"]
     assert find_overlap(train, [PromptRecord("c")]) == []
+
+
+def test_case_and_white_space_hide_no_overlap():
+    train = [Demonstration("Say  it\ntwice ", "x"), Demonstration("no", "y")]
+    asked = [{"role": "system", "content": "S"}, {"role": "user", "content": "say IT twice"}]
+    assert find_overlap(train, [PromptRecord(" say it twice")]) == ["Say  it\ntwice "]
+    assert prompt_keys(train) & prompt_keys([PromptRecord("sayit twice"), PromptRecord(asked)]) == set()
+    loud = [turn | {"content": turn["content"].swapcase() + "\n"} for turn in asked]
+    assert prompt_keys([PromptRecord(asked)]) == prompt_keys([PromptRecord(loud)])
 
 
 def test_make_sources_takes_what_a_configuration_holds():

@@ -47,7 +47,7 @@ def test_means_the_spread_and_every_seed_are_reported_and_failures_shown(
 ) -> None:
     shifts = {1: 0.0, 2: 1.0, 3: -0.5}  # of the gold score of ppo
 
-    def run(configs: dict[str, Any], words: list[str]) -> int:
+    def run(configs: dict[str, Any], words: list[str]) -> tuple[int, str | None]:
         """Leave what a chain leaves: of seed 4 not the policy."""
         config = configs["evaluate"]
         run = Path(config.runs) / config.name
@@ -56,18 +56,20 @@ def test_means_the_spread_and_every_seed_are_reported_and_failures_shown(
             (run / name).mkdir(parents=True)
             shutil.copy(tiny_run / name / "stage.json", run / name / "stage.json")
         if config.seed == 4:
-            return 2
+            return 2, "ppo"
         report = read_json(tiny_run / "evaluate" / "report.json")
         for difference in report["differences"]:
             if (difference["a"], difference["judge"]) == ("ppo", "gold"):
                 difference["mean"] = 2 + shifts[config.seed]
+        report["gates"] = [{"gate": "g>0", "passed": True, "found": "1"}]
         (run / "evaluate" / "report.json").write_text(json.dumps(report), encoding="utf-8")
-        return 0
+        return 0, None
 
     monkeypatch.setattr(chain, "run", run)
     assert main(["stage=all", *TINY, f"runs={tmp_path}", "name=x", "seeds=[1,2,3,4]"]) == 2
     shown = capsys.readouterr().out
     report = read_json(tmp_path / "x" / "seeds" / "report.json")
+    assert [gate["gate"] for gate in report["gates"]] == [f"g>0 (seed {seed})" for seed in (1, 2, 3)]
     assert report["by_seed"]["ppo"] == [2.0, 3.0, 1.5] and report["failed_seeds"] == {"4": "ppo"}
     # the mean of 2, 3 and 1.5, and their standard deviation, sqrt((.0278 + .6944 + .4444) / 2)
     assert "+2.167 (sd 0.764)" in shown and "stage ppo failed" in shown
@@ -85,14 +87,14 @@ def test_means_the_spread_and_every_seed_are_reported_and_failures_shown(
 
 
 def test_a_seed_that_fails_anew_is_not_told_by_its_old_report(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "x" / "seed_1"
     shutil.copytree(tiny_run, run)
-    (run / "ppo" / "stage.json").unlink()
-    monkeypatch.setattr(chain, "run", lambda configs, words: 2)
+    monkeypatch.setattr(chain, "run", lambda configs, words: (2, "evaluate"))  # before it began
     assert main(["stage=all", *TINY, f"runs={tmp_path}", "name=x", "seeds=[1]", "overwrite=true"]) == 2
     assert not (tmp_path / "x" / "seeds" / "report.json").exists()
+    assert capsys.readouterr().err.endswith("every chain failed, that of seed 1 in stage evaluate\n")
 
 
 def test_one_system_in_several_seeds_has_the_lowest_and_the_highest(tiny_run: Path, tmp_path: Path) -> None:

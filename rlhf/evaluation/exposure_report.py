@@ -123,6 +123,16 @@ def all_failed_checks(folders: Sequence[Path], run: Path) -> list[str]:
     ]
 
 
+def gates_of_seeds(reports: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The gates of all reports, each with its seed where there are several."""
+    several = len(reports) > 1
+    return [
+        gate | ({"gate": f"{gate['gate']} (seed {seed})"} if several else {})
+        for seed, report in reports.items()
+        for gate in report["gates"]
+    ]
+
+
 def write_comparison(
     folder: Path, seeds: dict[int, Path], trained: Sequence[Path], command: str
 ) -> dict[str, Any]:
@@ -137,7 +147,7 @@ def write_comparison(
         report |= {"verdict": None, "reference": report["baseline"]}  # each seed's own
     report |= {
         "notes": list(dict.fromkeys(note for each in reports for note in each["notes"])),
-        "gates": [gate for each in reports for gate in each["gates"]],
+        "gates": gates_of_seeds(by_seed),
         "warnings": warnings_of(by_seed),
         "seen_prompts": max(each["seen_prompts"] for each in reports),
         "name": f"{TITLES[folder.name]}: {name}",

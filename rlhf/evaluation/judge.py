@@ -61,15 +61,16 @@ class Judgement:
     """How a system's responses fared against the baseline's.
 
     outcomes: of each judged prompt 1, .5, 0, or None where an answer could not be read; consistent: how many
-    pairs were told alike in both orders, of the `asked` whose answers could be read; first: the share of
-    verdicts that went to the response that stood first.
+    pairs were told alike in both orders, of the `asked` whose answers could be read; first: how many of the
+    `verdicts` that were no tie went to the response that stood first.
     """
 
     outcomes: list[float | None]
     consistent: int
     asked: int
     unreadable: int
-    first: float | None
+    first: int
+    verdicts: int
 
 
 class _CostError(Exception):
@@ -120,7 +121,8 @@ class LanguageModelJudge:
             consistent=sum(first == 1 - second for first, second in readable),
             asked=len(readable),
             unreadable=sum(each is None for each in found.values()),
-            first=sum(verdicts) / len(verdicts) if verdicts else None,
+            first=verdicts.count(1.0),
+            verdicts=len(verdicts),
         )
 
     def _answers(self, questions: Sequence[str], bar: Any) -> dict[str, Answer]:
@@ -160,10 +162,11 @@ class LanguageModelJudge:
             return {}
         found = {}
         for line in self._file.read_text(encoding="utf-8").split("\n"):
-            with contextlib.suppress(ValueError):  # one that a kill cut short
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # one that a kill cut short
                 row = json.loads(line)
-                question = row.pop("question")
-                found[question] = Answer(**row)
+                if isinstance(row["text"], str):
+                    counts = (_count(row, "tokens_in"), _count(row, "tokens_out"))
+                    found[row["question"]] = Answer(row["text"], *counts)
         return found
 
     def _connected(self) -> Any:
@@ -207,14 +210,16 @@ class LanguageModelJudge:
                 break
             retries = own.retries or 0
             if attempt > (retries if self._has_answered else min(retries, UNSURE)):
-                self._refuse(attempt)
+                if not (self._has_answered and hasattr(found, "choices") and not found.choices):
+                    self._refuse(attempt)
+                break  # with nothing to choose from, which is no verdict
             time.sleep(min(0.5 * 2**attempt, LONGEST_PAUSE))
-        self._has_answered, used = True, found.usage
-        answer = Answer(text or "", used.prompt_tokens if used else 0, used.completion_tokens if used else 0)
+        self._has_answered, used = True, vars(found.usage) if hasattr(found.usage, "__dict__") else {}
+        tokens = _count(used, "prompt_tokens"), _count(used, "completion_tokens")
+        answer = Answer(self._without_key(text or ""), *tokens)
         line = json.dumps({"question": digest(question), **asdict(answer)}, ensure_ascii=False)
         with self._lock:
-            if answer.text:
-                append_text(self._file, f"\n{line}\n")  # also behind a line that was cut short
+            append_text(self._file, f"\n{line}\n")  # also behind a line that was cut short
             self.cost += answer.cost(own)
         return answer
 
@@ -276,21 +281,31 @@ def total(judgements: Iterable[Judgement]) -> dict[str, Any]:
     """How reliable the judge was over all systems."""
     every = list(judgements)
     asked, unreadable = sum(each.asked for each in every), sum(each.unreadable for each in every)
-    firsts = [each.first for each in every if each.first is not None]
+    verdicts = sum(each.verdicts for each in every)
     return {
         "pairs": asked,
         "consistency": sum(each.consistent for each in every) / asked if asked else None,
         "unreadable_answers": unreadable,
-        "first_preferred": sum(firsts) / len(firsts) if firsts else None,
+        "first_preferred": sum(each.first for each in every) / verdicts if verdicts else None,
     }
 
 
 def _text_of(found: Any) -> str | None:
     """The text of an answer, empty where it has none; None where it is no chat completion."""
     try:
-        return (found.choices[0].message.content or "") if found.choices else ""
-    except (AttributeError, TypeError):
+        content = found.choices[0].message.content
+        if isinstance(content, list):  # of parts
+            content = "".join(part["text"] for part in content if part.get("type") == "text")
+        text = content or ""
+        return text.encode(errors="replace").decode()  # half a surrogate cannot be written
+    except (AttributeError, TypeError, KeyError, IndexError):
         return None
+
+
+def _count(numbers: dict[str, Any], key: str) -> int:
+    """A number of tokens, 0 where an endpoint states none."""
+    found = numbers.get(key)
+    return found if isinstance(found, int) else 0
 
 
 def _remedy(error: Exception, settings: Judge) -> str:

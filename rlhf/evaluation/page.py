@@ -26,6 +26,7 @@ from rlhf.evaluation.tables import (
     kl_in_words,
     notes_in_words,
     preference_table,
+    printable,
     prompts_in_words,
     signals_table,
     table_rows,
@@ -60,6 +61,7 @@ def write_page(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
     )
     judges = {"gold": "gold", "judge": "the judge", "proxy": "proxy"}
     judged = {rate["judge"] for rate in report["win_rates"]}
@@ -133,6 +135,11 @@ def _curves(stages: Mapping[str, dict[str, Any]]) -> Iterator[Markup]:
         keys = [key for key in CURVES[record["stage"]] if sum(key in row for row in rows) > 1]
         if keys:
             yield _svg(plots.plot_curves(names[folder], rows, keys), folder)
+
+
+def _shown(value: Any) -> Any:
+    is_text = isinstance(value, str) and not isinstance(value, Markup)
+    return printable(value, keep="\n\t") if is_text else value
 
 
 def _svg(figure: Any, name: str) -> Markup:

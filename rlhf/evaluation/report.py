@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from rlhf.evaluation.tables import (
     kl_in_words,
     notes_in_words,
     preference_table,
+    printable,
     prompts_in_words,
     signals_table,
     table_rows,
@@ -180,15 +180,9 @@ def _samples(scored: Sequence[Scored], num_samples: int) -> str:
     return "\n".join(blocks)
 
 
-# Marks that turn the direction of whatever text follows them.
-TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-
-
 def escaped(text: str) -> str:
     """Model text that cannot become markup: no HTML, table cells, links, line breaks or turns of its own."""
-    text = "".join(" " if unicodedata.category(mark) == "Cc" else mark for mark in text)
-    text = "".join(mark for mark in text if unicodedata.bidirectional(mark) not in TURNS)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in "\\`*_[]|!#~$":
         text = text.replace(mark, "\\" + mark)
     for mark, entity in (("://", "&#58;//"), ("www.", "www&#46;"), ("@", "&#64;")):  # bare links

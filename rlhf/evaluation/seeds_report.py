@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.evaluation.exposure_report import combined, warnings_of
+from rlhf.evaluation.exposure_report import combined, gates_of_seeds, warnings_of
 from rlhf.evaluation.page import write_page
 from rlhf.evaluation.report import escaped, table
 from rlhf.evaluation.tables import COLUMNS, bands_in_words, notes_in_words, table_rows
@@ -68,7 +68,7 @@ def write_seeds_report(
         "failed_checks": [
             f"seed {seed}: {line}" for seed, each in reports.items() for line in each["failed_checks"]
         ],
-        "gates": [gate for each in reports.values() for gate in each["gates"]],
+        "gates": gates_of_seeds(reports),
         "commands": [command],
     }
     report["verdict"] = seeds_verdict(report)

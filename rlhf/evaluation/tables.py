@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ EXPOSURE = (
     "after own ones. docs/exposure.md has each measure and its source."
 )
 ENDS = {"mean": "inf", "low": "-inf", "high": "inf"}  # what is said of one that is not finite
+# Marks that turn the direction of whatever text follows them.
+TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 OVERLAPS = {"rouge_l": "ROUGE-L", "bleu": "BLEU"}
 PREFERENCE_COLUMNS = (
     *("system", "strength", "wins / ties / losses", "win rate", "the same at equal length"),
@@ -200,6 +203,12 @@ def judge_in_words(judge: dict[str, Any]) -> str:
         f"out; {judge['first_preferred'] or 0:.0%} of the verdicts for the response that stood first; "
         f"cost {judge['cost']:.2f}"
     )
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text without control characters, but for those to keep, and without marks that turn it."""
+    text = "".join(" " if unicodedata.category(mark) == "Cc" and mark not in keep else mark for mark in text)
+    return "".join(mark for mark in text if unicodedata.bidirectional(mark) not in TURNS)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

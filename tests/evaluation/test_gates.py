@@ -26,7 +26,7 @@ BOTH = [scored("sft", [0.0] * 10, kl=0.0), scored("ppo", [1.0] * 6 + [0.0] * 2 +
 
 def results(text: str) -> list[Any]:
     entries = {each.system.name: summarise(each, reference="sft", **OPTIONS) for each in BOTH}
-    judged = {"ppo": Judgement([1.0, 0.5, None], consistent=2, asked=2, unreadable=1, first=None)}
+    judged = {"ppo": Judgement([1.0, 0.5, None], consistent=2, asked=2, unreadable=1, first=1, verdicts=1)}
     report = {"systems": entries, **compare(BOTH, "sft", judged, **OPTIONS)}
     return [outcome(gate, report, BOTH, **OPTIONS) for gate in parse_gates(text, NAMES)]
 

@@ -34,6 +34,7 @@ class Server:
         self.keys: list[str | None] = []
         self.reply: Reply = lambda question: (200, "[[A]]")
         self.raw: tuple[str, bytes] | None = None  # what stands in place of an answer, with its type
+        self.changes: dict[str, Any] = {}  # parts of answers
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -52,6 +53,7 @@ class Server:
                     "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
                     "usage": {"prompt_tokens": 1000, "completion_tokens": 10, "total_tokens": 1010},
                 }
+                answer |= owner.changes
                 data = json.dumps(answer if status == 200 else {"error": {"message": text}}).encode()
                 kind = "application/json"
                 if owner.raw is not None:
@@ -112,7 +114,8 @@ def test_both_orders_are_asked_and_equal_responses_are_not(server: Server, tmp_p
     server.reply = longer
     found = judged(judge_of(server, tmp_path))
     assert found.outcomes == [1.0, 0.0, 0.5, 0.5]
-    assert (found.consistent, found.asked, found.unreadable, found.first) == (3, 3, 0, 0.5)
+    assert (found.consistent, found.asked, found.unreadable) == (3, 3, 0)
+    assert (found.first, found.verdicts) == (2, 4)
     assert len(server.questions) == 6
     asked = {parts(question) for question in server.questions}
     assert asked == {pair for a, b in zip(OURS, THEIRS, strict=True) if a != b for pair in ((a, b), (b, a))}
@@ -132,7 +135,7 @@ def test_told_alike_is_told_alike_in_both_orders(server: Server, tmp_path: Path)
 
 def test_a_judge_that_goes_by_order_tells_nothing(server: Server, tmp_path: Path) -> None:
     found = judged(judge_of(server, tmp_path))  # always the first
-    assert found.outcomes == [0.5] * 4 and (found.consistent, found.first) == (0, 1.0)
+    assert found.outcomes == [0.5] * 4 and (found.consistent, found.first, found.verdicts) == (0, 6, 6)
     assert total([found]) == {
         "pairs": 3,
         "consistency": 0.0,
@@ -210,6 +213,65 @@ def test_an_endpoint_that_is_not_there_is_named(server: Server, tmp_path: Path) 
     server.close()
     with pytest.raises(ValueError, match=r"judge m: Connection error.*judge.base_url="):
         judged(judge)
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome", "cost"),
+    [
+        ({"choices": [{"message": {"content": [{"type": "text", "text": "[[C]]"}]}}]}, 0.5, 6 * 1.01),
+        ({"choices": [{"message": {"content": "\ud800 [[C]]"}}]}, 0.5, 6 * 1.01),
+        ({"choices": [{"message": {"content": None}}]}, None, 6 * 1.01),
+        ({"usage": {"prompt_tokens": None, "completion_tokens": 10}}, 0.5, 6 * 0.01),
+        ({"usage": {"prompt_tokens": "12", "completion_tokens": "1"}}, 0.5, 0),
+        ({"usage": "lots"}, 0.5, 0),
+        ({"usage": None}, 0.5, 0),
+    ],
+    ids=str,
+)
+def test_odd_answers_are_read_or_counted_and_kept(
+    server: Server, tmp_path: Path, changes: dict[str, Any], outcome: float | None, cost: float
+) -> None:
+    server.reply = lambda question: (200, "[[C]]")
+    server.changes = changes
+    words = ["judge.price_in=1000", "judge.price_out=1000", "judge.retries=0"]
+    judge = judge_of(server, tmp_path, *words)
+    assert judged(judge).outcomes == [outcome, outcome, 0.5, outcome]
+    assert judge.cost == pytest.approx(cost) and len(server.questions) == 6
+    again = judge_of(server, tmp_path, *words)
+    assert judged(again).outcomes == [outcome, outcome, 0.5, outcome] and len(server.questions) == 6
+
+
+def test_an_answer_with_nothing_to_choose_from_is_asked_for_again_and_then_no_verdict(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.evaluation.judge.time.sleep", lambda seconds: None)
+    server.reply = longer
+    words = ["judge.concurrency=1", "judge.retries=1"]
+    judge_of(server, tmp_path, *words).judge(["p"], ["one"], ["another"], progress(2))
+    server.changes = {"choices": None}
+    found = judge_of(server, tmp_path, *words).judge(["p", "q"], ["one"] * 2, ["another"] * 2, progress(4))
+    assert found.outcomes == [0.0, None] and found.unreadable == 2 and len(server.questions) == 2 + 2 * 2
+
+
+def test_what_else_stands_among_the_answers_is_asked_for_anew(server: Server, tmp_path: Path) -> None:
+    server.reply = longer
+    first = judged(judge_of(server, tmp_path))
+    [file] = (tmp_path / "judge").glob("*.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    broken: list[Any] = [{**rows[0], "text": ["x"]}, {"question": rows[1]["question"]}, [], None]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in [*broken, *rows[2:]]), encoding="utf-8")
+    assert judged(judge_of(server, tmp_path)) == first and len(server.questions) == 8
+
+
+def test_a_key_that_an_answer_repeats_is_not_kept(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRET")
+    server.reply = lambda question: (200, f"your header was {server.keys[-1]} [[A]]")
+    judged(judge_of(server, tmp_path))
+    [file] = (tmp_path / "judge").glob("*.jsonl")
+    assert "Bearer <key> [[A]]" in file.read_text(encoding="utf-8")
+    assert "SECRET" not in file.read_text(encoding="utf-8")
 
 
 def test_an_answer_that_is_no_json_is_asked_for_again(

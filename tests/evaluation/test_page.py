@@ -21,6 +21,7 @@ from rlhf.evaluation.hacking import highest
 from rlhf.evaluation.origins import names_of
 from rlhf.evaluation.page import PRINTED, as_text, write_page
 from rlhf.evaluation.systems import Generation, System
+from rlhf.evaluation.tables import printable
 from tests.evaluation.test_report import HOSTILE, report_of
 
 PHONE = (390, 844)
@@ -94,7 +95,10 @@ def test_hostile_text_stays_text_and_nothing_is_fetched(page: Path) -> None:
             assert (attributes.get(name) or "#").startswith(("#", "data:,")), attributes
     for text in HOSTILE:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        assert all(line in found.text for line in lines if "\x00" not in line), text
+        assert all(printable(line) in found.text for line in lines), text
+    assert not [
+        m for m in page.read_text(encoding="utf-8") if (m < " " and m not in "\n\t") or m in "\u202e\u2066"
+    ]
     styles = re.findall(r"<style.*?</style>", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "url(" not in "".join(styles) and "@import" not in "".join(styles)
 
