@@ -146,8 +146,8 @@ def prepare(spec: dict[str, Any]) -> dict[str, float]:
 
 
 def ppo(spec: dict[str, Any]) -> dict[str, Any]:
-    """Episodes a second, seconds of each phase, operations a second and peak memory, of all processes
-    together.
+    """Episodes a second, seconds of each phase, operations a second and peak memory of all processes
+    together; and what the first of them holds after each update.
     """
     config = _ppo_config(spec)
     seed_everything(config.seed)
@@ -190,6 +190,7 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
         "dtype": str(engine.dtype).removeprefix("torch."),
         "memory_gib": memory,
         "peak_memory_gib": peak,
+        "devices": 1 if engine.device.type == "cpu" else engine.processes.count,
         "operations": operations,
     }
 

@@ -7,6 +7,7 @@ is `group=choice` (a file of configs/<group>/), `key=value`, or `<stage>.key=val
 import contextlib
 import copy
 import os
+import re
 import typing
 from dataclasses import is_dataclass
 from functools import cache
@@ -47,6 +48,7 @@ PROGRAMS: dict[str, type[Any]] = {
 }
 GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward", "exposure", "judge")
 SMALL_WEIGHTS = 40e6  # bytes of safetensors below which a local folder gets configs/model/small.yaml
+CLOSE_COLON = re.compile(r"([{,]\s*[\w.+-]+):(?=\S)")  # {a:1}, which YAML takes for a text
 EXPECTED: dict[Any, str] = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "a text"},
     **{list[int]: "a list of whole numbers", list[float]: "a list of numbers", list[str]: "a list of texts"},
@@ -88,11 +90,7 @@ def load_config(stage: str, overrides: list[str]) -> Any:
             raise ValueError(_unknown_key(stage, key))
     config = _compose(stage, groups)
     for key, text in values:
-        try:
-            value = _read(value_type(stage, key), text)
-        except ValueError as error:
-            raise ValueError(f"{key}={error}") from error
-        _set(config, stage, key, value)
+        _set(config, stage, key, _read(stage, key, text))
     if "runs" in config:
         if not config.runs.strip():
             raise ValueError("runs= is empty: give it a value, or leave it out")
@@ -286,8 +284,11 @@ def _open_path(config: DictConfig, key: str) -> None:
         parent = OmegaConf.select(config, above)
 
 
-def _read(kind: Any, text: str) -> Any:
-    return _read_text(text) if _bare(kind) is str else _read_value(text)
+def _read(stage: str, key: str, text: str) -> Any:
+    try:
+        return _read_text(text) if _bare(value_type(stage, key)) is str else _read_value(text)
+    except ValueError as error:
+        raise ValueError(f"{key}={error}") from error
 
 
 def _read_text(text: str) -> str | None:
@@ -303,7 +304,7 @@ def _read_value(text: str) -> Any:
     """Read a value in Hydra's grammar, else as YAML where it is a list or mapping, else as a plain string."""
     if text.startswith(("{", "[")):
         with contextlib.suppress(yaml.YAMLError):
-            _check_keys_differ(yaml.compose(text), text)
+            _check_keys_differ(yaml.compose(CLOSE_COLON.sub(r"\1: ", text)), text)
     try:
         override = OverridesParser.create().parse_override(f"key={text}")
         if not override.is_sweep_override():

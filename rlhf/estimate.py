@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf.deepspeed_config import deepspeed_settings
 from rlhf.discriminator_settings import is_adversarial, settings_in
 from rlhf.pass_sizes import SMALL_MODEL, pass_sizes, processor_has_bf16
 from rlhf.settings import WEIGHTS, PPOConfig, StageConfig, zero_stage
@@ -23,6 +24,7 @@ FROZEN_BYTES = {"nf4": 0.56, "int8": 1.02}  # of a linear layer's weight, with i
 # Frozen models in memory. With adapters ppo has one; a reward model that is no adapter on it is a second.
 ADAPTER_BASES = {"sft": 1, "rm": 1, "ppo": 1}
 FULL_BASES = {"sft": 0, "collect": 1, "rm": 0, "ppo": 2, "evaluate": 3}
+OFFLOADS = ("offload_optimizer", "offload_param")
 LIST_LENGTH = 4  # responses per ranked list, where the data is not there to be counted
 SMOLLM2 = {
     "model_type": "llama",
@@ -234,12 +236,13 @@ def memory(stage: str, config: Any, shape: Shape) -> Memory:
     stage_of_zero = zero_stage(config.engine.deepspeed) if trains else 0
     count = config.num_processes or 1
     holders = count if stage_of_zero == WEIGHTS else 1
-    trained_bytes = _trained_bytes(2 if adapted and holders > 1 else stage_of_zero, count)
+    stage_of_trained = 2 if adapted and stage_of_zero == WEIGHTS else stage_of_zero
+    trained_bytes = _trained_bytes(stage_of_trained, count)
     held = {
         "frozen weights": bases * frozen / holders,
         "trained weights": _trained_parameters(stage, config, shape) * trained_bytes,
     }
-    offloaded = {} if on_processor or not stage_of_zero else _offloaded(config.engine, held, trained_bytes)
+    offloaded = _offloaded(config.engine, held, stage_of_trained, trained_bytes)
     held = {name: size - offloaded.get(name, 0.0) for name, size in held.items()}
     sampling: dict[str, float] = {}
     learning: dict[str, float] = {}
@@ -275,17 +278,19 @@ def memory(stage: str, config: Any, shape: Shape) -> Memory:
     return Memory(held, sampling, learning, offloaded)
 
 
-def _offloaded(engine: Any, held: dict[str, float], trained_bytes: float) -> dict[str, float]:
-    """What of the weights DeepSpeed keeps in the processor's memory: with the optimizer all but the weights
-    themselves, with the weights all.
+def _offloaded(engine: Any, held: dict[str, float], stage: int, trained_bytes: float) -> dict[str, float]:
+    """What of the weights DeepSpeed keeps in the processor's memory: with the optimizer all but the trained
+    weights themselves, with the weights those as well, where they are shared out, and the frozen ones.
     """
-    settings = engine.deepspeed["zero_optimization"]
-    if (settings.get("offload_param") or {}).get("device") == "cpu":
-        return held
-    if (settings.get("offload_optimizer") or {}).get("device") != "cpu":
+    if not stage or not _has_gpu(engine):
         return {}
-    own = 4.0 if settings["stage"] < WEIGHTS else trained_bytes / 5  # of 20 bytes for each of its weights
-    return {"trained weights": held["trained weights"] * (1 - own / trained_bytes)}
+    settings = (deepspeed_settings(engine) or {})["zero_optimization"]
+    away = {key for key in OFFLOADS if (settings.get(key) or {}).get("device") == "cpu"}
+    shared_out = stage == WEIGHTS
+    own = trained_bytes / 5 if shared_out else 4.0  # of 20 bytes for each of a process's own weights
+    own = 0.0 if shared_out and "offload_param" in away else own
+    found = {"trained weights": held["trained weights"] * (1 - own / trained_bytes)} if away else {}
+    return found | ({"frozen weights": held["frozen weights"]} if "offload_param" in away else {})
 
 
 def _has_gpu(engine: Any) -> bool:

@@ -187,13 +187,13 @@ def prompt_keys(records: Iterable[Any]) -> set[str]:
 
 
 def _loose_key(record: Any) -> str:
-    return prompt_key(_bare(_content(record)))
+    return prompt_key(_folded(_content(record)))
 
 
-def _bare(prompt: Prompt) -> Prompt:
+def _folded(prompt: Prompt) -> Prompt:
     if isinstance(prompt, str):
         return " ".join(prompt.casefold().split())
-    return [message | {"content": " ".join(message["content"].casefold().split())} for message in prompt]
+    return [message | {"content": str(_folded(message["content"]))} for message in prompt]
 
 
 def find_overlap(records_a: Iterable[Any], records_b: Iterable[Any]) -> list[Prompt]:
@@ -201,7 +201,9 @@ def find_overlap(records_a: Iterable[Any], records_b: Iterable[Any]) -> list[Pro
     once.
     """
     shared = {_loose_key(record) for record in records_b}
-    first = {_loose_key(record): _content(record) for record in records_a}
+    first: dict[str, Prompt] = {}
+    for record in records_a:
+        first.setdefault(_loose_key(record), _content(record))
     return [content for key, content in first.items() if key in shared]
 
 
@@ -237,16 +239,12 @@ def _nothing_read(source: Source, kind: str, skipped: list[str]) -> str:
 
 def _in_part(record: Record, part: tuple[float, float]) -> bool:
     low, high = part
-    place = int(_key(record)[:13], 16) / 16**13  # 52 bits: exact in a float, always below 1
+    place = int(prompt_key(_content(record))[:13], 16) / 16**13  # 52 bits: exact in a float, always below 1
     return low <= place < high
 
 
 def _content(record: Any) -> Any:
     return record.text if isinstance(record, LabelledText) else record.prompt
-
-
-def _key(record: Any) -> str:
-    return prompt_key(_content(record))
 
 
 def _renamed(row: Row, columns: dict[str, str] | None) -> Row:

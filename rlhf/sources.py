@@ -110,8 +110,7 @@ def resolve_model(path: str, revision: str | None = None) -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            inner = folder / "model"
-            found = [inner, *sorted(folder.glob("*/model"))]
+            found = [folder / name for name in ("model", "ppo/model", "sft/model")]
             first = next((each for each in found if each.is_dir()), None)
             remedy = "name the folder that holds the weights" if first is None else f"name {first}"
             raise ValueError(f"model {path!r}: the folder has no config.json; {remedy}")

@@ -288,8 +288,9 @@ def _check_bench(config: BenchConfig) -> None:
             f"engine={config.engine.name} num_processes={'null' if count is None else count}: several "
             "processes need both, for instance engine=ddp num_processes=2"
         )
-    if config.find_tokens_per_pass and count is not None:
-        raise ValueError("find_tokens_per_pass=true times one process: leave engine= and num_processes= out")
+    alone = {"find_tokens_per_pass": config.find_tokens_per_pass, "peer": config.peer}
+    if key := next((key for key, value in alone.items() if value and count is not None), None):
+        raise ValueError(f"{key}={alone[key]} is of one process: leave engine= and num_processes= out")
 
 
 def _check_value(key: str, value: Any) -> None:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from rlhf.files import write_text
 from rlhf.hints import hint
 from rlhf.metrics import progress
 from rlhf.sources import fetch_wheel, nearest_existing, resolve_model
-from stages.launch import Place, start
+from stages.launch import Place, end, start
 
 TRL_PPO_WHEEL = ("trl", "1.12.0", "9c8f117b21a941edbc85744f5a341c9453d38e81f24ae81d3c6e9b9ca3b96409")
 ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
@@ -170,11 +171,16 @@ def run_several(part: str, count: int, spec: dict[str, Any]) -> Any:
         children = start(
             command, Place(count, count, 0, None), None, stdout=subprocess.PIPE, stderr=said, text=True
         )
-        lines = [child.communicate()[0].strip().splitlines() for child in children]
-        if any(child.returncode for child in children) or not lines[0]:
-            said.seek(0)
-            raise ValueError(f"{part} by {count} processes failed:\n" + said.read()[-3000:])
-    return json.loads(lines[0][-1])
+        try:
+            while not any(child.poll() for child in children) and children[0].poll() is None:
+                time.sleep(0.05)
+            lines = children[0].stdout.read().strip().splitlines() if children[0].poll() == 0 else []
+            if not lines:
+                said.seek(0)
+                raise ValueError(f"{part} by {count} processes failed:\n" + said.read()[-3000:])
+        finally:
+            end(children)
+    return json.loads(lines[-1])
 
 
 def run_peer(config: Any, spec: dict[str, Any], dtype: str, adapter: str) -> Any:
@@ -219,7 +225,7 @@ def table(found: dict[str, Any], *, command: str) -> str:
         lines.append(
             f"| {name} | {row['episodes_per_s']:.2f} | {row['peak_memory_gib']:.2f} "
             f"| {row['tokens_per_s']['score']:.0f} | {row['tokens_per_s']['learn']:.0f} | {seconds} "
-            f"| {row['flops']['whole'] / limit:.0%} |"
+            f"| {row['flops']['whole'] / limit / row['devices']:.0%} |"
         )
     for adapter, row in found["ppo"].items():
         shares = ", ".join(f"{name} {share:.0%}" for name, share in row["operations"].items())

@@ -108,7 +108,7 @@ def main(overrides: list[str]) -> int:
         "preferences_simulated": (config.gold or {}).get("kind") == "classifier" and config.proxy is not None,
         "oracle": oracle,
         "notes": [*notes_on_overlap(overlap), *notes, *notes_on(scored, entries, prompts)],
-        "seen_prompts": len(set().union(*(each["shared"] or () for each in overlap))),
+        "seen_prompts": count_seen(prompts, overlap),
         "overlap": [
             each | {"shared": each["shared"] if each["shared"] is None else len(each["shared"])}
             for each in overlap
@@ -190,6 +190,12 @@ def signs_of_hacking(report: dict[str, Any], scored: Sequence[Scored], **options
     name = main_system(report | {"overoptimization": found_curves})
     [liked] = [highest(each) for each in scored if each.system.name == name]
     return {"overoptimization": found_curves, "signals": found, "warnings": told, "highest": liked}
+
+
+def count_seen(prompts: Sequence[PromptRecord], overlap: Sequence[dict[str, Any]]) -> int:
+    """How many of the prompts were trained on, by any stage."""
+    seen = set().union(*(each["shared"] or () for each in overlap))
+    return sum(prompt_keys([prompt]) <= seen for prompt in prompts)
 
 
 def notes_on_overlap(overlap: Sequence[dict[str, Any]]) -> list[str]:

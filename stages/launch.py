@@ -64,7 +64,7 @@ def place_of(config: Any) -> Place:
     if config.machine_rank >= config.num_machines:
         raise ValueError(
             f"machine_rank={config.machine_rank} of num_machines={config.num_machines}: they count from 0"
-            + "; give num_machines= too" * (config.num_machines == 1)
+            + ("; give num_machines= too" if config.num_machines == 1 else "")
         )
     if config.num_machines > 1 and config.main_address is None:
         raise ValueError(f"num_machines={config.num_machines}: give main_address=, the address of machine 0")
@@ -151,7 +151,7 @@ def launch(stage: str, words: list[str], config: Any) -> int:
         folder = StageFolder(config.runs, config.name, stage)
         return _ending(children, place, saved=folder.latest_state() is not None)
     finally:
-        _end(children)
+        end(children)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -184,7 +184,7 @@ def _ending(children: list[subprocess.Popen[bytes]], place: Place, *, saved: boo
     return status if status >= 0 else 128 - status
 
 
-def _end(children: list[subprocess.Popen[bytes]]) -> None:
+def end(children: list[subprocess.Popen[bytes]]) -> None:
     """End what still runs: kindly, then by force."""
     for child in children:
         if child.poll() is None:

@@ -40,7 +40,7 @@ def plan(overrides: list[str]) -> tuple[Path, dict[int, list[str]]]:
 def run(overrides: list[str]) -> int:
     """Run every seed's chain, whatever becomes of the others, and write the report.
 
-    Returns the first exit status that is not 0.
+    Returns the first exit status that is not 0, a failure's before a gate's.
     """
     folder, words = plan(overrides)
     configs = {seed: chain.load_configs(each) for seed, each in words.items()}

@@ -321,7 +321,7 @@ def test_evaluation_prompts_that_any_stage_trained_on_are_counted(tiny_run: Path
     ]
     run = tmp_path / "runs" / tiny_run.name
     shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("evaluate"))
-    (run / "ppo" / "trained_on.json").unlink()
+    (run / "ppo" / "trained_prompts.json").unlink()
     prompts = tmp_path / "prompts.jsonl"
     seen = [json.loads(line)["prompt"] for line in (run / "collect" / "ranked.jsonl").open(encoding="utf-8")][
         :5

@@ -222,11 +222,17 @@ ZERO = "engine.deepspeed.zero_optimization"
 
 MISTAKES = [
     ("evaluate", ["systems={a: x, a: y}"], "systems={a: x, a: y}: a stands there twice"),
+    ("evaluate", ["systems={a:x,b:y,a:z}"], "systems={a:x,b:y,a:z}: a stands there twice"),
     ("evaluate", ["systems={a: {path: x, path: y}}"], "path stands there twice"),
     ("ppo", ["reward={kind: sum, parts: [{kind: bleu, kind: rouge_l}]}"], "kind stands there twice"),
     ("bench", ["num_processes=2"], "engine=single num_processes=2: several processes need both"),
     ("bench", ["engine=zero2"], "engine=zero2 num_processes=null: several processes need both"),
-    ("bench", ["engine=ddp", "num_processes=2", "find_tokens_per_pass=true"], "times one process"),
+    (
+        "bench",
+        ["engine=ddp", "num_processes=2", "find_tokens_per_pass=true"],
+        "find_tokens_per_pass=True is of one",
+    ),
+    ("bench", ["engine=ddp", "num_processes=2", "peer=x.py"], "peer=x.py is of one process"),
     ("ppo", ["main_port=99999"], "main_port=99999: a port from 1 to 65535 is expected"),
     ("ppo", ["main_port=0"], "main_port=0: a number that is at least 1 is expected"),
     ("sft", ["lerning_rate=1"], "lerning_rate is not a key of stage sft; did you mean learning_rate?"),
@@ -619,6 +625,10 @@ def test_what_is_offloaded_lies_in_the_processors_memory_where_there_is_a_gpu() 
     assert trained("zero2_offload") == pytest.approx([4, 16 / 2])
     assert trained("zero3") == [20 / 2, 0]
     assert trained("zero3_offload") == [0, 20 / 2]
+    with_lora = memory_of("adapter=lora", "num_processes=2", "engine=zero3_offload", device="cuda")
+    # of adapters, which every process has whole, the weights themselves stay
+    assert with_lora.held["trained weights"] == pytest.approx(with_lora.offloaded["trained weights"] / 2)
+    assert with_lora.held["frozen weights"] == 0 < with_lora.offloaded["frozen weights"]
     assert trained("zero3_offload", device="cpu") == [20 / 2, 0], "the processor's memory is all there is"
 
 

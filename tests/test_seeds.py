@@ -95,6 +95,10 @@ def test_a_seed_that_fails_anew_is_not_told_by_its_old_report(
     assert main(["stage=all", *TINY, f"runs={tmp_path}", "name=x", "seeds=[1]", "overwrite=true"]) == 2
     assert not (tmp_path / "x" / "seeds" / "report.json").exists()
     assert capsys.readouterr().err.endswith("every chain failed, that of seed 1 in stage evaluate\n")
+    old = tmp_path / "x" / "seeds"
+    old.mkdir()
+    assert main(["stage=all", *TINY, f"runs={tmp_path}", "name=x", "seeds=[1]", "overwrite=true"]) == 2
+    assert capsys.readouterr().err.endswith(f"in stage evaluate; {old} is of an earlier run\n")
 
 
 def test_one_system_in_several_seeds_has_the_lowest_and_the_highest(tiny_run: Path, tmp_path: Path) -> None:

@@ -161,12 +161,12 @@ class LanguageModelJudge:
         if not self._file.exists():
             return {}
         found = {}
-        for line in self._file.read_text(encoding="utf-8").split("\n"):
+        for line in self._file.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # one that a kill cut short
                 row = json.loads(line)
                 if isinstance(row["text"], str):
-                    counts = (_count(row, "tokens_in"), _count(row, "tokens_out"))
-                    found[row["question"]] = Answer(row["text"], *counts)
+                    tokens = (_count(row["tokens_in"]), _count(row["tokens_out"]))
+                    found[row["question"]] = Answer(row["text"], *tokens)
         return found
 
     def _connected(self) -> Any:
@@ -210,17 +210,23 @@ class LanguageModelJudge:
                 break
             retries = own.retries or 0
             if attempt > (retries if self._has_answered else min(retries, UNSURE)):
-                if not (self._has_answered and hasattr(found, "choices") and not found.choices):
+                if not (self._has_answered and getattr(found, "choices", None) == []):
                     self._refuse(attempt)
                 break  # with nothing to choose from, which is no verdict
             time.sleep(min(0.5 * 2**attempt, LONGEST_PAUSE))
-        self._has_answered, used = True, vars(found.usage) if hasattr(found.usage, "__dict__") else {}
-        tokens = _count(used, "prompt_tokens"), _count(used, "completion_tokens")
+        self._has_answered = True
+        tokens = [_count(getattr(found.usage, f"{kind}_tokens", None)) for kind in ("prompt", "completion")]
         answer = Answer(self._without_key(text or ""), *tokens)
         line = json.dumps({"question": digest(question), **asdict(answer)}, ensure_ascii=False)
         with self._lock:
-            append_text(self._file, f"\n{line}\n")  # also behind a line that was cut short
+            if text is not None:
+                append_text(self._file, f"\n{line}\n")  # also behind a line that was cut short
             self.cost += answer.cost(own)
+        if own.max_cost is not None and not any(tokens):
+            raise ValueError(
+                f"judge {own.model}: its answers do not say how many tokens they took, so judge.max_cost= "
+                "cannot be kept: leave it out"
+            )
         return answer
 
     def _refuse(self, attempts: int) -> None:
@@ -302,10 +308,12 @@ def _text_of(found: Any) -> str | None:
         return None
 
 
-def _count(numbers: dict[str, Any], key: str) -> int:
+def _count(tokens: Any) -> int:
     """A number of tokens, 0 where an endpoint states none."""
-    found = numbers.get(key)
-    return found if isinstance(found, int) else 0
+    try:
+        return max(0, int(tokens))
+    except (TypeError, ValueError, OverflowError):
+        return 0
 
 
 def _remedy(error: Exception, settings: Judge) -> str:

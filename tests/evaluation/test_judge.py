@@ -222,7 +222,8 @@ def test_an_endpoint_that_is_not_there_is_named(server: Server, tmp_path: Path) 
         ({"choices": [{"message": {"content": "\ud800 [[C]]"}}]}, 0.5, 6 * 1.01),
         ({"choices": [{"message": {"content": None}}]}, None, 6 * 1.01),
         ({"usage": {"prompt_tokens": None, "completion_tokens": 10}}, 0.5, 6 * 0.01),
-        ({"usage": {"prompt_tokens": "12", "completion_tokens": "1"}}, 0.5, 0),
+        ({"usage": {"prompt_tokens": "12", "completion_tokens": 1.0}}, 0.5, 6 * 0.013),
+        ({"usage": {"prompt_tokens": -5, "completion_tokens": 1}}, 0.5, 6 * 0.001),
         ({"usage": "lots"}, 0.5, 0),
         ({"usage": None}, 0.5, 0),
     ],
@@ -248,9 +249,29 @@ def test_an_answer_with_nothing_to_choose_from_is_asked_for_again_and_then_no_ve
     server.reply = longer
     words = ["judge.concurrency=1", "judge.retries=1"]
     judge_of(server, tmp_path, *words).judge(["p"], ["one"], ["another"], progress(2))
-    server.changes = {"choices": None}
+    server.changes = {"choices": []}
     found = judge_of(server, tmp_path, *words).judge(["p", "q"], ["one"] * 2, ["another"] * 2, progress(4))
     assert found.outcomes == [0.0, None] and found.unreadable == 2 and len(server.questions) == 2 + 2 * 2
+    server.changes = {}
+    found = judge_of(server, tmp_path, *words).judge(["q"], ["one"], ["another"], progress(2))
+    assert found.outcomes == [0.0], "it was not kept"
+
+
+def test_an_error_in_place_of_an_answer_is_never_a_verdict(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.evaluation.judge.time.sleep", lambda seconds: None)
+    server.reply = longer
+    judge_of(server, tmp_path).judge(["p"], ["one"], ["another"], progress(2))
+    server.raw = "application/json", b'{"error": "down for maintenance"}'
+    with pytest.raises(ValueError, match="2 answers on end were not what an OpenAI-compatible endpoint says"):
+        judge_of(server, tmp_path, "judge.retries=1").judge(["q"], ["one"], ["another"], progress(2))
+
+
+def test_a_cost_that_cannot_be_known_is_not_limited_silently(server: Server, tmp_path: Path) -> None:
+    server.reply, server.changes = longer, {"usage": None}
+    with pytest.raises(ValueError, match=r"do not say how many tokens they took, so judge.max_cost= cannot"):
+        judged(judge_of(server, tmp_path, "judge.price_in=1", "judge.max_cost=1"))
 
 
 def test_what_else_stands_among_the_answers_is_asked_for_anew(server: Server, tmp_path: Path) -> None:
