@@ -99,8 +99,8 @@ class _Causal(torch.autograd.Function):
 
 def turn(  # noqa: PLR0913 (the tensors of the equation)
     x: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
+    first: Tensor,
+    second: Tensor,
     width: int,
     *,
     back: bool = False,
@@ -108,10 +108,16 @@ def turn(  # noqa: PLR0913 (the tensors of the equation)
 ) -> Tensor:
     """Rotary positions: x (..., heads * D) times cosines, plus its heads with their halves swapped times
     sines, (..., heads * D); `back` the other way, as gradients go.
+
+    Where the numbers of a head's halves stand in pairs the tables are complex: e^(i angle), and back.
     """
+    if first.is_complex():
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        turned = None if out is None else torch.view_as_complex(out.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(torch.mul(pairs, second if back else first, out=turned)).flatten(-2)
     halves = x.view(*x.shape[:-1], -1, 2, width // 2)
     swapped = torch.cat([halves[..., 1:, :], halves[..., :1, :]], dim=-2).view(x.shape)
-    return torch.mul(x, cosines, out=out).addcmul_(swapped, sines, value=-1 if back else 1)
+    return torch.mul(x, first, out=out).addcmul_(swapped, second, value=-1 if back else 1)
 
 
 class Wanted:
@@ -141,7 +147,7 @@ class Heads(NamedTuple):
     scale: float
 
 
-Tables = tuple[Tensor, Tensor]  # cosines and sines
+Tables = tuple[Tensor, Tensor]  # the two of `turn`
 
 
 def turned_attention(

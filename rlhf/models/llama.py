@@ -7,6 +7,7 @@ ten passes over memory for a norm. The sums are the same. B sequences, L tokens,
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from rlhf.models.attention import Heads, Tables, Wanted, split_values, turn, tur
 from rlhf.models.lora import parts_of, type_of_products
 from rlhf.models.products import (
     GATE,
+    NARROW,
+    Others,
     Parts,
     RmsNorm,
     Whole,
@@ -44,13 +47,16 @@ def hidden_states(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> 
 
     All are in the number type of products; weights of another are rounded to it.
     """
-    layers, length = _layers_now(model, tokens.shape[1]), tokens.shape[1]
+    length, pairs = tokens.shape[1], pairs_of(model)
+    layers = _layers_now(model, length, pairs)
     if layers is None:
         return None
     x = model.embed_tokens(tokens).to(type_of_products(model.embed_tokens.weight))
     positions = torch.arange(length, device=x.device).unsqueeze(0)
     rotations = derived(
-        lambda: rotations_of(model, x, positions), [model.rotary_emb.inv_freq], length, x.dtype
+        lambda: rotations_of(model, x, positions, pairs),
+        [model.rotary_emb.inv_freq],
+        *(length, x.dtype, pairs),
     )
     wanted = Wanted(rows, columns, tokens.shape) if model.config._attn_implementation in MASKED else None
     for index, (layer, parts) in enumerate(zip(model.layers, layers, strict=True)):
@@ -65,29 +71,33 @@ def hidden_states(model: Any, tokens: Tensor, rows: Tensor, columns: Tensor) -> 
 
 
 class Rotations(NamedTuple):
-    """What positions multiply queries and keys with, beside one another, to turn them. Su et al.
-    2021, https://arxiv.org/abs/2104.09864
+    """What positions multiply queries and keys with, beside one another, to turn them: the tables of `turn`.
+    Su et al. 2021, https://arxiv.org/abs/2104.09864
     """
 
-    cosines: Tensor  # (B, L, heads * D)
-    sines: Tensor
+    first: Tensor  # (B, L, heads * D), or heads * D / 2 of complex numbers
+    second: Tensor
     num_queries: int
     num_keys: int
 
     def part(self, start: int, stop: int, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The tables of some heads, at all positions or at N columns."""
-        width = self.cosines.shape[-1] // (self.num_queries + self.num_keys)
+        width = self.first.shape[-1] // (self.num_queries + self.num_keys)
         tables = [each[..., start * width : stop * width] for each in self[:2]]
         tables = tables if columns is None else [each[0, columns] for each in tables]
         return tables[0], tables[1]
 
 
-def rotations_of(model: Any, x: Tensor, positions: Tensor) -> Rotations:
-    """Tables (B, L, heads * D) for x (B, L, H), in its number type, at positions (B, L)."""
+def rotations_of(model: Any, x: Tensor, positions: Tensor, pairs: int) -> Rotations:
+    """Tables for x (B, L, H), in its number type, at positions (B, L), and for heads of `pairs_of`."""
     (cosines, sines), config = model.rotary_emb(x, positions), model.config
     half, counts = cosines.shape[-1] // 2, (config.num_attention_heads, config.num_key_value_heads)
-    signed = torch.cat([-sines[..., :half], sines[..., half:]], dim=-1)
-    wide = [torch.cat([each] * sum(counts), dim=-1) for each in (cosines, signed)]
+    if pairs:
+        turns = torch.complex(cosines[..., :half], sines[..., :half])
+        tables = [turns, turns.conj()]
+    else:
+        tables = [cosines, torch.cat([-sines[..., :half], sines[..., half:]], dim=-1)]
+    wide = [each.repeat(1, 1, sum(counts)) for each in tables]
     return Rotations(wide[0], wide[1], *counts)
 
 
@@ -130,11 +140,11 @@ def _attention(
 
 
 def _after(layer: Any, parts: list[Parts], states: Tensor, found: Tensor) -> Tensor:
-    weights, scalings = tensors_of(parts[3:])
+    weights, others = tensors_of(parts[3:])
     normed, [weight] = _normed(layer.post_attention_layernorm)
     width = states.shape[-1]
     rest = _AfterAttention.apply(
-        normed, scalings, states.reshape(-1, width), found.reshape(-1, found.shape[-1]), weight, *weights
+        normed, others, states.reshape(-1, width), found.reshape(-1, found.shape[-1]), weight, *weights
     )
     return rest.view(states.shape)
 
@@ -146,23 +156,23 @@ class _AfterAttention(torch.autograd.Function):
     def forward(  # noqa: PLR0913 (the tensors of the equation)
         ctx: Any,
         norm: RmsNorm,
-        scalings: list[float],
+        others: Others,
         x: Tensor,
         found: Tensor,
         weight: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        wholes = [Whole.of(layers, found.dtype) for layers in _after_attention(tensors, scalings)]
-        output, gate_up, down = wholes
+        wholes = [Whole.of(layers, found.dtype) for layers in _after_attention(tensors, others)]
+        output, *gates, down = wholes
         with torch.autocast(found.device.type, enabled=False):
             y, low_found = output.outputs(found)
             normed, norm_steps = begin(norm, [y.add_(x), weight], x.shape[1])
-            gated, low_normed = gate_up.outputs(normed)
-            opened, gate_steps = begin(GATE, [gated], x.shape[1])
+            gated, lows = zip(*(each.outputs(normed) for each in gates), strict=True)
+            opened, gate_steps = begin(GATE, _gate_and_up(gated), x.shape[1])
             result, low_opened = down.outputs(opened)
-        saved = [found, low_found, y, weight, low_normed, gated, low_opened, *tensors]
+        saved = [found, low_found, y, weight, low_opened, *gated, *lows, *tensors]
         ctx.save_for_backward(*saved, *norm_steps, *gate_steps)
-        ctx.norm, ctx.scalings, ctx.wholes = norm, scalings, wholes
+        ctx.norm, ctx.others, ctx.wholes = norm, others, wholes
         ctx.ends = (len(saved), len(saved) + len(norm_steps))
         return result.add_(y)
 
@@ -171,23 +181,41 @@ class _AfterAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         everything, (end, next_end) = list(ctx.saved_tensors), ctx.ends
         norm_steps, gate_steps = everything[end:next_end], everything[next_end:]
-        found, low_found, y, weight, low_normed, gated, low_opened, *tensors = everything[:end]
-        layers, (output, gate_up, down) = _after_attention(tensors, ctx.scalings), ctx.wholes
-        steps = gate_steps or GATE.again(gated)
-        of_opened, of_down = down.gradients(layers[2], grad, steps[0], low_opened)
-        [of_gated] = GATE.backward(of_opened, steps, gated)
+        output, *gates, down = ctx.wholes
+        found, low_found, y, weight, low_opened, *rest = everything[:end]
+        count = len(gates)
+        gated, lows, tensors = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        first, *middle, last = _after_attention(tensors, ctx.others)
+        steps = gate_steps or GATE.again(*_gate_and_up(gated))
+        of_opened, of_down = down.gradients(last, grad, steps[0], low_opened)
+        of_gated = [torch.empty_like(each) for each in gated]
+        GATE.backward(of_opened, steps, *_gate_and_up(gated), out=_gate_and_up(of_gated))
         steps = norm_steps or ctx.norm.again(y, weight)
-        of_normed, of_gate_up = gate_up.gradients(layers[1], of_gated, steps[0], low_normed)
-        of_y, of_weight = ctx.norm.backward(of_normed, steps, y, weight)
+        of_normed, of_gates = zip(
+            *(
+                whole.gradients(layers, own, steps[0], low)
+                for whole, layers, own, low in zip(gates, middle, of_gated, lows, strict=True)
+            ),
+            strict=True,
+        )
+        of_y, of_weight = ctx.norm.backward(functools.reduce(Tensor.add_, of_normed), steps, y, weight)
         of_y.add_(grad)
-        of_found, of_output = output.gradients(layers[0], of_y, found, low_found)
-        return None, None, of_y, of_found, of_weight, *of_output, *of_gate_up, *of_down
+        of_found, of_output = output.gradients(first, of_y, found, low_found)
+        return None, None, of_y, of_found, of_weight, *of_output, *itertools.chain(*of_gates), *of_down
 
 
-def _after_attention(tensors: Sequence[Tensor], scalings: Sequence[float]) -> tuple[list[Parts], ...]:
-    """Output; gate and up, which share an input; down."""
-    layers = layers_of(tensors, scalings)
-    return layers[:1], layers[1:3], layers[3:]
+def _after_attention(tensors: Sequence[Tensor], others: Others) -> tuple[list[Parts], ...]:
+    """Output; gate and up, which share an input; down. Those two are one product, but apart in a narrow
+    layer: whole blocks of memory are faster to open the gate with.
+    """
+    layers = layers_of(tensors, others)
+    gates = [layers[1:2], layers[2:3]] if len(layers[0].weight) < NARROW else [layers[1:3]]
+    return layers[:1], *gates, layers[3:]
+
+
+def _gate_and_up(gated: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Each (N, I), from one product or two."""
+    return gated if len(gated) > 1 else gated[0].chunk(2, dim=-1)
 
 
 def heads_of(own: Any, x: Tensor, num_queries: int, num_keys: int) -> Tensor:
@@ -202,21 +230,19 @@ def heads_of(own: Any, x: Tensor, num_queries: int, num_keys: int) -> Tensor:
 
 
 class _Turned(torch.autograd.Function):
-    """Rotary positions: x (..., heads * D) times cosines, plus its heads with their halves swapped times
-    sines, (..., heads * D).
-    """
+    """`turn`: x (..., heads * D) -> (..., heads * D)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor, width: int) -> Tensor:
-        ctx.save_for_backward(cosines, sines)
+    def forward(ctx: Any, x: Tensor, first: Tensor, second: Tensor, width: int) -> Tensor:
+        ctx.save_for_backward(first, second)
         ctx.width = width
-        return turn(x, cosines, sines, width)
+        return turn(x, first, second, width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        cosines, sines = ctx.saved_tensors
-        return turn(grad, cosines, sines, ctx.width, back=True), None, None, None
+        first, second = ctx.saved_tensors
+        return turn(grad, first, second, ctx.width, back=True), None, None, None
 
 
 def _normed(norm: Any, *x: Tensor) -> tuple[RmsNorm, list[Tensor]]:
@@ -234,18 +260,32 @@ def join_weights(model: Any) -> None:
             join([part.weight for part in some])
 
 
-def _layers_now(model: Any, length: int) -> list[list[Parts]] | None:
+def pairs_of(model: Any) -> int:
+    """The width of heads whose halves are best computed in pairs, one multiplication of complex numbers each:
+    of narrow models, where weights are cheap to move; else 0.
+    """
+    if type(model) not in MODELS or hasattr(model.layers[0].self_attn, "q_norm"):
+        return 0
+    weight: Tensor = model.embed_tokens.weight
+    exact = weight.dtype == type_of_products(weight) == torch.float32
+    narrow = exact and weight.device.type == "cpu" and weight.shape[-1] < NARROW
+    return int(model.layers[0].self_attn.head_dim) if narrow else 0
+
+
+def _layers_now(model: Any, length: int, pairs: int) -> list[list[Parts]] | None:
     """`matrices_of`, found once for all passes of unchanged weights with the same adapter."""
     if type(model) not in MODELS:
         return None
     first: Any = model.layers[0].self_attn.q_proj
     acting = [getattr(first, name, None) for name in ("active_adapters", "disable_adapters")]
-    key = ("layers", id(model), length, model.training, str(acting))
-    return derived(lambda: matrices_of(model, length), [model.embed_tokens.weight], *key)
+    key = ("layers", id(model), length, model.training, str(acting), pairs)
+    return derived(lambda: matrices_of(model, length, pairs), [model.embed_tokens.weight], *key)
 
 
-def matrices_of(model: Any, length: int) -> list[list[Parts]] | None:
-    """What each layer's seven matrices compute with: query, key, value, output, gate, up, down."""
+def matrices_of(model: Any, length: int, pairs: int = 0) -> list[list[Parts]] | None:
+    """What each layer's seven matrices compute with: query, key, value, output, gate, up, down; queries and
+    keys with `pairs`.
+    """
     if type(model) not in MODELS:
         return None
     config = model.config
@@ -265,7 +305,7 @@ def matrices_of(model: Any, length: int) -> list[list[Parts]] | None:
         ]
         if len(parts) < NUM_MATRICES:
             return None
-        found.append(parts)
+        found.append([part._replace(pairs=pairs) for part in parts[:2]] + parts[2:])
     return found
 
 

@@ -23,7 +23,7 @@ from rlhf.models import llama
 from rlhf.models.attention import Heads, split_values, turn
 from rlhf.models.loading import trunk
 from rlhf.models.lora import type_of_products
-from rlhf.models.products import GATE, Parts, joined
+from rlhf.models.products import GATE, Parts, Whole
 from rlhf.pass_sizes import SMALL_MODEL
 
 # Makes the function x (..., I) -> (..., O) of a weight (O, I) and a bias (O,).
@@ -76,7 +76,8 @@ def _forward_of(model: Any, prepare: Prepare) -> Callable[..., BaseModelOutputWi
     """A forward for a model that does what its own does where gradients are not asked for, with a cache and
     padding; matrices that share an input are prepared as one. None as in `llama.hidden_states`.
     """
-    layers = llama.matrices_of(model, sys.maxsize)
+    pairs = llama.pairs_of(model) if prepare is _plain else 0
+    layers = llama.matrices_of(model, sys.maxsize, pairs)
     if layers is None or any(part.a is not None for parts in layers for part in parts):
         return None
     if any("forward" in vars(each) for each in (model, *model.layers)):
@@ -88,7 +89,7 @@ def _forward_of(model: Any, prepare: Prepare) -> Callable[..., BaseModelOutputWi
         for layer, parts in zip(model.layers, layers, strict=True)
     ]
     kind = type_of_products(model.embed_tokens.weight)
-    return functools.partial(_forward, model=model, steps=steps, kind=kind)
+    return functools.partial(_forward, model=model, steps=steps, kind=kind, pairs=pairs)
 
 
 def _forward(  # noqa: PLR0913 (transformers' signature of a model)
@@ -100,6 +101,7 @@ def _forward(  # noqa: PLR0913 (transformers' signature of a model)
     model: Any,
     steps: Sequence[Callable[..., Tensor]],
     kind: torch.dtype,
+    pairs: int,
     **_: Any,
 ) -> BaseModelOutputWithPast:
     """The last hidden states (B, L, H) of tokens (B, L) behind cached ones; the mask (B, T) is of all."""
@@ -107,7 +109,7 @@ def _forward(  # noqa: PLR0913 (transformers' signature of a model)
     x = model.embed_tokens(input_ids).to(kind)
     if position_ids is None:
         position_ids = torch.arange(before, before + length, device=x.device).unsqueeze(0)
-    rotations, added = llama.rotations_of(model, x, position_ids), None
+    rotations, added = llama.rotations_of(model, x, position_ids, pairs), None
     if attention_mask is not None and not bool(attention_mask.all()):
         seen = attention_mask[:, None, None, :].bool().expand(-1, -1, length, -1).tril(before)
         added = x.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
@@ -122,9 +124,8 @@ def _prepared(parts: Sequence[Parts], prepare: Prepare) -> list[Callable[[Tensor
     """The products with query, key and value; output; gate and up; down."""
     found = []
     for some in (parts[:3], parts[3:4], parts[4:6], parts[6:]):
-        biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias, *_ in some]
-        bias = torch.cat(biases) if any(part.bias is not None for part in some) else None
-        found.append(prepare(joined([part.weight for part in some]), bias))
+        whole = Whole(some, some[0].weight.dtype)
+        found.append(prepare(whole.weight, whole.bias))
     return found
 
 
@@ -142,14 +143,15 @@ def _step(  # noqa: PLR0913 (a layer and what it sees)
     sizes = Heads(rotations.num_queries, rotations.num_keys, own.head_dim, own.scaling)
     heads = llama.heads_of(own, first(llama.norm_of(layer.input_layernorm, x)), *sizes[:2])
     turning, v = split_values(heads, sizes)
-    q, k = split_values(turn(turning, rotations.cosines, rotations.sines, sizes.width), sizes)
+    q, k = split_values(turn(turning, *rotations[:2], sizes.width), sizes)
     q, k, v = (each.unflatten(-1, (-1, sizes.width)).transpose(1, 2) for each in (q, k, v))
     if cache is not None:
         k, v = cache.update(k, v, own.layer_idx)
     attend = AttentionInterface()[own.config._attn_implementation]
     found, _ = attend(own, q, k, v, added, dropout=0.0, scaling=own.scaling)
     x = x + output(found.flatten(-2))
-    return x + down(GATE.forward(gate_up(llama.norm_of(layer.post_attention_layernorm, x))))
+    gated = gate_up(llama.norm_of(layer.post_attention_layernorm, x))
+    return x + down(GATE.forward(*gated.chunk(2, dim=-1)))
 
 
 def _laid_out(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -19,13 +19,16 @@ from torch.nn import functional
 
 from rlhf.derived import derived, rounded
 
-# Layers narrower than this have products as cheap as what comes before them, which then is held.
+# Layers narrower than this have products as cheap as what comes before them, which then is held, and weights
+# that are cheap to move.
 NARROW = 256
 
 
 class Parts(NamedTuple):
     """What a linear layer computes with: W (outputs, I), its bias (outputs,), and A (rank, I) and B (outputs,
     rank) of the adapter that acts, with its scaling. An adapted layer's W and bias are frozen.
+
+    With `pairs`, the width of a head, outputs i and i + pairs / 2 of each head stand beside one another.
     """
 
     weight: Tensor
@@ -33,6 +36,7 @@ class Parts(NamedTuple):
     a: Tensor | None = None
     b: Tensor | None = None
     scaling: float = 1.0
+    pairs: int = 0
 
 
 class Plain:
@@ -86,26 +90,31 @@ def _epsilon(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class Gate:
-    """silu(gate) * up, the two beside one another. Shazeer 2020, https://arxiv.org/abs/2002.05202"""
+    """silu(gate) * up. Shazeer 2020, https://arxiv.org/abs/2002.05202"""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, 2I) -> (N, I)."""
-        gate, up = x.chunk(2, dim=-1)
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        """(N, I), (N, I) -> (N, I)."""
         return functional.silu(gate).mul_(up)
 
-    def again(self, x: Tensor) -> list[Tensor]:
+    def again(self, gate: Tensor, up: Tensor) -> list[Tensor]:
         """The output, and silu(gate)."""
-        gate, up = x.chunk(2, dim=-1)
         opened = functional.silu(gate)
         return [opened * up, opened]
 
-    def backward(self, grad: Tensor, steps: list[Tensor], x: Tensor) -> list[Tensor | None]:
-        """The gradient of x."""
-        (gate, up), found = x.chunk(2, dim=-1), torch.empty_like(x)
-        of_gate, of_up = found.chunk(2, dim=-1)
+    def backward(
+        self,
+        grad: Tensor,
+        steps: list[Tensor],
+        gate: Tensor,
+        up: Tensor,
+        *,
+        out: Sequence[Tensor] | None = None,
+    ) -> list[Tensor | None]:
+        """The gradients of gate and up, written to `out`."""
+        of_gate, of_up = out or (torch.empty_like(gate), torch.empty_like(up))
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
         torch.mul(steps[1], grad, out=of_up)
-        return [found]
+        return [of_gate, of_up]
 
 
 PLAIN, GATE = Plain(), Gate()
@@ -144,14 +153,15 @@ def products(before: Before, inputs: Sequence[Tensor], layers: Sequence[Parts]) 
     type of the first of these; weights of another type are rounded to it.
     """
     rows = [each.reshape(-1, each.shape[-1]) if each.dim() > 1 else each for each in inputs]
-    weights, scalings = tensors_of(layers)
-    y = _Products.apply(before, scalings, len(rows), *rows, *weights)
+    weights, others = tensors_of(layers)
+    y = _Products.apply(before, others, len(rows), *rows, *weights)
     return y.view(*inputs[0].shape[:-1], y.shape[-1])
 
 
 class Whole:
     """Layers as one, in a number type: W (O, I), bias (O,), A (r, I) of all adapters, and B (O, r), where
-    each adapter has rows and columns of its own.
+    each adapter has rows and columns of its own. Adapters that are `folded` are in W too; outputs stand in
+    `order`.
     """
 
     def __init__(self, layers: Sequence[Parts], kind: torch.dtype) -> None:
@@ -164,7 +174,7 @@ class Whole:
         factors = [layer.a for layer in layers if layer.a is not None]
         if factors:
             self.a = (torch.cat(factors) if len(factors) > 1 else factors[0]).to(kind)
-            blocks = [w.new_zeros(len(w), 0) if b is None else b * s for w, _, _, b, s in layers]
+            blocks = [w.new_zeros(len(w), 0) if b is None else b * s for w, _, _, b, s, _ in layers]
             blocks = [block.to(kind) for block in blocks]
             self.b = torch.block_diag(*blocks) if len(blocks) > 1 else blocks[0]
         # Added to W where that is so narrow that this takes fewer operations than the products with A and B,
@@ -172,10 +182,19 @@ class Whole:
         self.folded = (
             self.a is not None
             and factors[0].dtype == kind
-            and self.weight.numel() <= 2 * len(self.a) * sum(self.weight.shape)
+            and self.weight.numel() <= 3 * len(self.a) * sum(self.weight.shape)
         )
         if self.folded and self.a is not None and self.b is not None:
             self.weight = torch.addmm(self.weight, self.b, self.a)
+        self.order = _order_of(tuple((len(layer.weight), layer.pairs) for layer in layers))
+        if self.order is not None:
+            self.weight = self.weight[self.order]
+            self.bias = None if self.bias is None else self.bias[self.order]
+            self.b = None if self.b is None else self.b[self.order]
+
+    def as_in_layers(self, x: Tensor) -> Tensor:
+        """What belongs to the outputs (O, ...), in the layers' own order."""
+        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
 
     def outputs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (N, I) -> (N, O), and what adapters made of x in between (N, r), where that was computed."""
@@ -204,20 +223,20 @@ class Whole:
     @classmethod
     def of(cls, layers: Sequence[Parts], kind: torch.dtype) -> Whole:
         """The same for all passes while the weights do not change."""
-        tensors, scalings = tensors_of(layers)
-        return derived(lambda: cls(layers, kind), tensors, kind, *scalings)
+        tensors, others = tensors_of(layers)
+        return derived(lambda: cls(layers, kind), tensors, kind, *others)
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, before: Before, scalings: list[float], num_inputs: int, *tensors: Tensor) -> Tensor:
-        inputs, layers = tensors[:num_inputs], layers_of(tensors[num_inputs:], scalings)
+    def forward(ctx: Any, before: Before, others: Others, num_inputs: int, *tensors: Tensor) -> Tensor:
+        inputs, layers = tensors[:num_inputs], layers_of(tensors[num_inputs:], others)
         with torch.autocast(inputs[0].device.type, enabled=False):
             x, steps = begin(before, inputs, inputs[0].shape[1])
             whole = Whole.of(layers, x.dtype)
             y, hidden = whole.outputs(x)
         ctx.save_for_backward(*tensors, hidden, *steps)
-        ctx.before, ctx.scalings, ctx.num_inputs, ctx.end = before, scalings, num_inputs, len(tensors)
+        ctx.before, ctx.others, ctx.num_inputs, ctx.end = before, others, num_inputs, len(tensors)
         ctx.whole = whole
         return y
 
@@ -226,7 +245,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         everything = ctx.saved_tensors
         saved, (hidden, *steps) = everything[: ctx.end], everything[ctx.end :]
-        inputs, layers = saved[: ctx.num_inputs], layers_of(saved[ctx.num_inputs :], ctx.scalings)
+        inputs, layers = saved[: ctx.num_inputs], layers_of(saved[ctx.num_inputs :], ctx.others)
         steps = steps or ctx.before.again(*inputs)
         of_input = any(ctx.needs_input_grad[3 : 3 + len(inputs)])
         of_x, of_weights = ctx.whole.gradients(layers, grad, steps[0], hidden, of_input=of_input)
@@ -234,15 +253,30 @@ class _Products(torch.autograd.Function):
         return None, None, None, *of_inputs, *of_weights
 
 
-def tensors_of(layers: Sequence[Parts]) -> tuple[list[Tensor | None], list[float]]:
-    """What a step of autograd takes of layers: their tensors, and their scalings."""
-    return [tensor for layer in layers for tensor in layer[:4]], [layer.scaling for layer in layers]
+Others = Sequence[tuple[float, int]]  # of each layer: scaling and pairs
 
 
-def layers_of(tensors: Sequence[Tensor], scalings: Sequence[float]) -> list[Parts]:
+def tensors_of(layers: Sequence[Parts]) -> tuple[list[Tensor | None], Others]:
+    """What a step of autograd takes of layers: their tensors, and what else they have."""
+    return [tensor for layer in layers for tensor in layer[:4]], [layer[4:] for layer in layers]
+
+
+def layers_of(tensors: Sequence[Tensor], others: Others) -> list[Parts]:
     """The layers of `tensors_of`."""
-    rows = zip(tensors[0::4], tensors[1::4], tensors[2::4], tensors[3::4], scalings, strict=True)
-    return [Parts(*row) for row in rows]
+    rows = zip(tensors[0::4], tensors[1::4], tensors[2::4], tensors[3::4], others, strict=True)
+    return [Parts(*row[:4], *row[4]) for row in rows]
+
+
+@functools.lru_cache(maxsize=16)
+def _order_of(layers: Sequence[tuple[int, int]]) -> Tensor | None:
+    """Which output of layers (outputs, pairs) stands at each place; None where none is moved."""
+    if not any(pairs for _, pairs in layers):
+        return None
+    places = torch.arange(sum(size for size, _ in layers)).split([size for size, _ in layers])
+    parts = zip(places, layers, strict=True)
+    return torch.cat(
+        [own.view(-1, 2, pairs // 2).mT.flatten() if pairs else own for own, (_, pairs) in parts]
+    )
 
 
 def _weight_gradients(  # noqa: PLR0913 (the tensors of the equation)
@@ -258,15 +292,22 @@ def _weight_gradients(  # noqa: PLR0913 (the tensors of the equation)
             of_a, of_b = whole.b.t() @ of_weight, of_weight @ whole.a.t()
         elif hidden is not None and low is not None:
             of_a, of_b = low.t() @ x, grad.t() @ hidden
+    of_weight, of_b = (None if each is None else whole.as_in_layers(each) for each in (of_weight, of_b))
+    of_bias = None
+    if any(layer.bias is not None and layer.bias.requires_grad for layer in layers):
+        of_bias = whole.as_in_layers(grad.sum(0))
     found: list[Tensor | None] = []
     row = column = 0
-    for weight, bias, a, b, scaling in layers:
+    for weight, bias, a, b, scaling, _ in layers:
         rows = slice(row, row + weight.shape[0])
         row = rows.stop
         found += [
             of_weight[rows].to(weight.dtype) if of_weight is not None and weight.requires_grad else None
         ]
-        found += [grad[:, rows].sum(0).to(bias.dtype) if bias is not None and bias.requires_grad else None]
+        if of_bias is None or bias is None or not bias.requires_grad:
+            found += [None]
+        else:
+            found += [of_bias[rows].to(bias.dtype)]
         columns = slice(column, column + (0 if a is None else len(a)))
         column = columns.stop
         if a is None or b is None or of_a is None or of_b is None or not a.requires_grad:

@@ -116,6 +116,19 @@ def test_turned_is_as_complex_numbers_are_turned_and_back() -> None:
     torch.testing.assert_close(turn(found, *tables, 8, back=True), x)
 
 
+def test_numbers_in_pairs_are_turned_as_those_in_halves_are() -> None:
+    x = torch.randn(2, 5, 3 * 8, generator=torch.Generator().manual_seed(0))
+    cosines, sines = (each.float() for each in tables_of(5, 3, 8))
+    turns = torch.complex(cosines, sines).view(5, 3, 2, 4)[:, :, 1].flatten(1)
+    tables, paired = (turns, turns.conj().resolve_conj()), x.view(2, 5, 3, 2, 4).mT.flatten(2)
+    for back in (False, True):
+        expected = turn(x, cosines, sines, 8, back=back).view(2, 5, 3, 2, 4).mT.flatten(2)
+        place = torch.zeros(2, 5, 40)[..., 8:32]
+        torch.testing.assert_close(turn(paired, *tables, 8, back=back), expected)
+        torch.testing.assert_close(turn(paired, *tables, 8, back=back, out=place), expected)
+        torch.testing.assert_close(place, expected)
+
+
 @pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize(("width", "length"), [(8, 2 * BLOCK + 7), (NARROW, BLOCK + 1), (4, 5)])
 def test_turned_attention_is_that_of_turned_heads(width: int, length: int, some: bool) -> None:

@@ -87,6 +87,32 @@ def test_states_and_gradients_are_those_of_transformers(
         assert (one - two).norm() <= 3e-5 * two.norm()
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_rows_too_long_for_plain_attention_have_the_same_states_and_gradients(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(tmp_path, family)
+    expected = outputs_and_gradients(model, theirs(model, TOKENS))
+    monkeypatch.setattr(llama.attention, "MAX_KEYS", TOKENS.shape[1] - 1)
+    monkeypatch.setattr(llama, "turned_attention", None)
+    for one, two in zip(outputs_and_gradients(model, ours(model, TOKENS)), expected, strict=True):
+        assert (one - two).norm() <= 3e-5 * two.norm()
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_heads_are_turned_in_pairs_where_a_model_is_narrow_and_exact(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trunk(model_of(tmp_path, family))
+    width = 0 if family == "qwen3" else model.layers[0].self_attn.head_dim
+    assert llama.pairs_of(model) == width
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert llama.pairs_of(model) == 0
+    assert llama.pairs_of(rounded(model)) == 0
+    monkeypatch.setattr(llama, "NARROW", 8)
+    assert llama.pairs_of(model) == 0
+
+
 @pytest.mark.usefixtures("what_comes_before")
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -31,7 +31,7 @@ def inputs_of(before: Before, width: int) -> list[Tensor]:
     x = numbers(2, 3, width, seed=1)
     if before is PLAIN:
         return [x]
-    return [numbers(2, 3, 2 * width, seed=2)] if before is GATE else [x, numbers(width, seed=3)]
+    return [x, numbers(2, 3, width, seed=2) if before is GATE else numbers(width, seed=3)]
 
 
 def by_equation(before: Before, inputs: list[Tensor], layers: list[Parts]) -> Tensor:
@@ -39,8 +39,7 @@ def by_equation(before: Before, inputs: list[Tensor], layers: list[Parts]) -> Te
     if before is NORM:
         x = inputs[1] * x / (x.square().mean(-1, keepdim=True) + NORM.epsilon).sqrt()
     elif before is GATE:
-        gate, up = x.chunk(2, dim=-1)
-        x = gate * torch.sigmoid(gate) * up
+        x = x * torch.sigmoid(x) * inputs[1]
     found = []
     for layer in layers:
         y = functional.linear(x, layer.weight, layer.bias)
@@ -67,7 +66,7 @@ def layers_of(width: int, rank: int) -> list[Parts]:
 @pytest.mark.parametrize("rank", [1, 3])  # with the second it is cheaper to add the adapters to the weights
 @pytest.mark.parametrize("before", [PLAIN, NORM, GATE], ids=["plain", "norm", "gate"])
 def test_values_and_gradients_are_those_of_the_equations(before: Before, rank: int, together: bool) -> None:
-    inputs, layers = inputs_of(before, 7), layers_of(7, rank)
+    inputs, layers = inputs_of(before, 11), layers_of(11, rank)
     if together:
         join([layer.weight for layer in layers])
     assert Whole(layers, torch.float64).folded == (rank == 3)
@@ -82,6 +81,24 @@ def test_values_and_gradients_are_those_of_the_equations(before: Before, rank: i
     for one, two in zip([ours, *gradients[0]], [theirs, *gradients[1]], strict=True):
         assert two.norm() > 0.1
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_outputs_in_pairs_are_the_same_ones_with_the_same_gradients(rank: int) -> None:
+    inputs, layers = inputs_of(PLAIN, 16), layers_of(16, rank)[:3]
+    layers[0] = Parts(numbers(8, 16, seed=1), numbers(8, seed=2), pairs=4)
+    layers[1] = layers[1]._replace(pairs=2)
+    layers[2] = layers[2]._replace(pairs=6)
+    trained = [each for layer in layers for each in layer[:4] if each is not None and each.requires_grad]
+    assert len(trained) == 4 and Whole(layers, torch.float64).folded == (rank == 3)
+    grad = numbers(2, 3, 18, seed=9, trained=False)
+    expected = torch.autograd.grad((by_equation(PLAIN, inputs, layers) * grad).sum(), [*inputs, *trained])
+    paired = [0, 2, 1, 3, 4, 6, 5, 7, 8, 9, 10, 11, 12, 15, 13, 16, 14, 17]
+    found = products(PLAIN, inputs, layers)
+    torch.testing.assert_close(found, by_equation(PLAIN, inputs, layers)[..., paired])
+    gradients = torch.autograd.grad((found * grad[..., paired]).sum(), [*inputs, *trained])
+    for one, two in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_joined_matrices_are_one_in_memory_and_others_are_copied() -> None:
