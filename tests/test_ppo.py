@@ -152,7 +152,8 @@ def test_the_first_step_has_the_numbers_of_one_whose_passes_were_made_before(
         assert first is None or not first.kept, "graphs are held after their use"
         found.append((metrics, experience, weights(roles.actor_critic)))
     (expected, old, weights_before), (metrics, new, weights_after) = found
-    assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    near = 1e-5 if config.minibatches == 1 else 5e-5  # Adam's steps enlarge what the rounding differs by
+    assert metrics == pytest.approx(expected, rel=near, abs=1e-6)
     for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns"):
         torch.testing.assert_close(getattr(new, name), getattr(old, name), rtol=1e-5, atol=1e-5)
     for name, weight in weights_before.items():
