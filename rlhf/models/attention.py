@@ -6,8 +6,10 @@ rows, H heads, K key heads (each serves G = H / K query heads), Q queries, T key
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,9 @@ MAX_KEYS = 512
 
 # Heads of less width than this make products of so few columns that their transposes are faster.
 NARROW = 32
+
+# Between these a query's sum of powers has all that its weights need.
+SOUND_SUMS = (1e-30, 1e30)
 
 # Queries that are computed at a time where attention is causal: no product with keys that none of them sees.
 BLOCK = 32
@@ -62,7 +67,7 @@ def plain_attention(  # noqa: PLR0913 (transformers' signature of an attention f
     key = key.reshape(rows * key_heads, keys, width).to(dtype)
     value = value.reshape(rows * key_heads, keys, width).to(dtype)
     # not by autocast, which would round the mask's lowest number to minus infinity
-    with torch.autocast(kind, enabled=False):
+    with _no_autocast(kind):
         if attention_mask is None and queries > 1:
             result = _Causal.apply(grouped, key, value, scale, group)
         else:
@@ -71,6 +76,11 @@ def plain_attention(  # noqa: PLR0913 (transformers' signature of an attention f
             result = torch.bmm(products.softmax(-1), value)
     result = result.view(rows, key_heads, queries, group, width).transpose(1, 2)
     return result.reshape(rows, queries, heads, width), None
+
+
+def _no_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+    on = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
 
 
 class _Causal(torch.autograd.Function):
@@ -93,8 +103,9 @@ class _Causal(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, *weights = ctx.saved_tensors
-        grad_q, grad_k, grad_v = _attend_back(grad, q, k, v, weights, ctx.scale, ctx.blocks)
-        return grad_q, grad_k.mT.to(grad_q.dtype), grad_v.mT.to(grad_q.dtype), None, None
+        grad_q, grad_k, grad_v = _attend_back(grad, q, k, v, weights, ctx.blocks)
+        grad_k = grad_k.mul_(ctx.scale).mT.to(grad_q.dtype)
+        return grad_q.mul_(ctx.scale), grad_k, grad_v.mT.to(grad_q.dtype), None, None
 
 
 def turn(  # noqa: PLR0913 (the tensors of the equation)
@@ -198,10 +209,11 @@ class _TurnedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        tables, heads, wanted, (q, k, v, *weights) = ctx.tables, ctx.heads, ctx.wanted, ctx.saved_tensors
+        heads, wanted, (q, k, v, *weights) = ctx.heads, ctx.wanted, ctx.saved_tensors
+        tables = [table * heads.scale for table in ctx.tables]  # cheaper than the gradients themselves
         rows, length, of_wanted = len(q) // heads.num_keys, k.shape[2], None
         grad = _grouped(grad if wanted is None else wanted.spread(grad), heads)
-        of_q, *others = _attend_back(grad, q, k, v, weights, heads.scale, ctx.blocks)
+        of_q, *others = _attend_back(grad, q, k, v, weights, ctx.blocks)
         of_q = of_q.view(rows, heads.num_keys, -1, heads.num_queries // heads.num_keys * heads.width)
         of_q = of_q.transpose(1, 2)  # (B, Q, K, G D)
         of_k, of_v = (
@@ -241,11 +253,34 @@ Block = tuple[int, int, Tensor]  # rows, how many keys they see, and what is add
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Sequence[Block]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The attention (N, Q * G, D) of q to k and v (N, D, T), and each block's weights."""
+    """The attention (N, Q * G, D) of q to k and v (N, D, T), and each block's weights.
+
+    Beside narrow products softmax takes long. Powers of two, without the largest taken out first, are faster
+    and serve wherever their sums show that none was too large or too small.
+    """
+    if q.shape[2] < NARROW and q.dtype == torch.float32:
+        sums = list[Tensor]()
+        shares = functools.partial(_powers, sums=sums)
+        result, weights = _attend_by(shares, q, k, v, scale / math.log(2), blocks)
+        least, most = torch.aminmax(torch.cat(sums, dim=1))
+        if float(least) > SOUND_SUMS[0] and float(most) < SOUND_SUMS[1]:
+            return result, weights
+    return _attend_by(functools.partial(torch.softmax, dim=-1), q, k, v, scale, blocks)
+
+
+def _powers(products: Tensor, sums: list[Tensor]) -> Tensor:
+    """Powers of two as shares of their sum, which is added to `sums`; in the memory of the products."""
+    powers = products.exp2_()
+    sums.append(powers.sum(-1, keepdim=True))
+    return powers.mul_(sums[-1].reciprocal())
+
+
+def _attend_by(  # noqa: PLR0913 (the tensors of the equation)
+    shares: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Sequence[Block]
+) -> tuple[Tensor, list[Tensor]]:
     results, weights = list[Tensor](), list[Tensor]()
     for (_, keys, added), own_q in zip(blocks, _split(q, blocks), strict=True):
-        seen = torch.baddbmm(added, own_q, k.narrow(-1, 0, keys), alpha=scale)
-        weights.append(seen.softmax(-1))
+        weights.append(shares(torch.baddbmm(added, own_q, k.narrow(-1, 0, keys), alpha=scale)))
         results.append(_product(weights[-1], v.narrow(-1, 0, keys)))
     return torch.cat(results, dim=1), weights
 
@@ -256,18 +291,17 @@ def _attend_back(  # noqa: PLR0913 (the tensors of the equation)
     k: Tensor,
     v: Tensor,
     weights: Sequence[Tensor],
-    scale: float,
     blocks: Sequence[tuple[int, int]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q (N, Q * G, D), k and v (N, D, T), these in float32 at least. The last block sees all
-    keys.
+    """The gradients of q (N, Q * G, D), k and v (N, D, T), these in float32 at least; those of q and k are
+    still to be scaled. The last block sees all keys.
     """
     of_q, sums = list[Tensor](), list[Tensor]()  # of k and v
     exact = torch.promote_types(q.dtype, torch.float32)
     parts = zip(blocks, _split(q, blocks), _split(grad, blocks), weights, strict=True)
     for (_, keys), own_q, own, weight in reversed(list(parts)):
         products = torch.bmm(own, v.narrow(-1, 0, keys))
-        products = torch._softmax_backward_data(products, weight, -1, weight.dtype)
+        torch._softmax_backward_data(products, weight, -1, weight.dtype, grad_input=products)
         of_q.append(_product(products, k.narrow(-1, 0, keys)))
         of_k, of_v = torch.bmm(own_q.mT, products), torch.bmm(own.mT, weight)
         if sums:
@@ -275,7 +309,7 @@ def _attend_back(  # noqa: PLR0913 (the tensors of the equation)
             sums[1].narrow(-1, 0, keys).add_(of_v)
         else:
             sums = [of_k.to(exact), of_v.to(exact)]
-    return torch.cat(of_q[::-1], dim=1).mul_(scale), sums[0].mul_(scale), sums[1]
+    return torch.cat(of_q[::-1], dim=1), sums[0], sums[1]
 
 
 def _split(x: Tensor, blocks: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -23,8 +23,11 @@ from rlhf.models import llama
 from rlhf.models.attention import Heads, split_values, turn
 from rlhf.models.loading import trunk
 from rlhf.models.lora import type_of_products
-from rlhf.models.products import GATE, Parts, Whole
+from rlhf.models.products import GATE, Parts, RmsNorm, Whole
 from rlhf.pass_sizes import SMALL_MODEL
+
+# Positions are turned by tables of a multiple of as many.
+POSITIONS = 256
 
 # Makes the function x (..., I) -> (..., O) of a weight (O, I) and a bias (O,).
 Prepare = Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
@@ -88,8 +91,14 @@ def _forward_of(model: Any, prepare: Prepare) -> Callable[..., BaseModelOutputWi
         functools.partial(_step, layer=layer, products=_prepared(parts, prepare))
         for layer, parts in zip(model.layers, layers, strict=True)
     ]
-    kind = type_of_products(model.embed_tokens.weight)
-    return functools.partial(_forward, model=model, steps=steps, kind=kind, pairs=pairs)
+    like = model.embed_tokens.weight.new_empty(0, dtype=type_of_products(model.embed_tokens.weight))
+
+    @functools.lru_cache(maxsize=1)
+    def turns(count: int) -> llama.Rotations:
+        positions = torch.arange(count, device=like.device).unsqueeze(0)
+        return llama.rotations_of(model, like, positions, pairs)
+
+    return functools.partial(_forward, model=model, steps=steps, kind=like.dtype, turns=turns)
 
 
 def _forward(  # noqa: PLR0913 (transformers' signature of a model)
@@ -101,7 +110,7 @@ def _forward(  # noqa: PLR0913 (transformers' signature of a model)
     model: Any,
     steps: Sequence[Callable[..., Tensor]],
     kind: torch.dtype,
-    pairs: int,
+    turns: Callable[[int], llama.Rotations],
     **_: Any,
 ) -> BaseModelOutputWithPast:
     """The last hidden states (B, L, H) of tokens (B, L) behind cached ones; the mask (B, T) is of all."""
@@ -109,15 +118,21 @@ def _forward(  # noqa: PLR0913 (transformers' signature of a model)
     x = model.embed_tokens(input_ids).to(kind)
     if position_ids is None:
         position_ids = torch.arange(before, before + length, device=x.device).unsqueeze(0)
-    rotations, added = llama.rotations_of(model, x, position_ids, pairs), None
+    count, added = int(position_ids.max()) + 1, None
+    if model.rotary_emb.rope_type not in ("dynamic", "longrope"):  # whose angles depend on the longest row
+        count += -count % POSITIONS
+    rotations = turns(count)
+    rotations = rotations._replace(
+        first=rotations.first[0, position_ids], second=rotations.second[0, position_ids]
+    )
     if attention_mask is not None and not bool(attention_mask.all()):
         seen = attention_mask[:, None, None, :].bool().expand(-1, -1, length, -1).tril(before)
         added = x.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)
+    x = x.flatten(0, 1)
     for step in steps:
         x = step(x, rotations, added, past_key_values)
-    return BaseModelOutputWithPast(
-        last_hidden_state=llama.norm_of(model.norm, x), past_key_values=past_key_values
-    )
+    x = _normed(model.norm, x).unflatten(0, (-1, length))
+    return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
 
 def _prepared(parts: Sequence[Parts], prepare: Prepare) -> list[Callable[[Tensor], Tensor]]:
@@ -138,20 +153,24 @@ def _step(  # noqa: PLR0913 (a layer and what it sees)
     layer: Any,
     products: Sequence[Callable[[Tensor], Tensor]],
 ) -> Tensor:
-    """The hidden states (B, L, H) after a layer; `added` to the products of queries and keys (B, 1, L, T)."""
+    """The hidden states (B * L, H) after a layer; `added` to products of queries and keys (B, 1, L, T)."""
     own, (first, output, gate_up, down) = layer.self_attn, products
     sizes = Heads(rotations.num_queries, rotations.num_keys, own.head_dim, own.scaling)
-    heads = llama.heads_of(own, first(llama.norm_of(layer.input_layernorm, x)), *sizes[:2])
-    turning, v = split_values(heads, sizes)
+    heads = llama.heads_of(own, first(_normed(layer.input_layernorm, x)), *sizes[:2])
+    turning, v = split_values(heads.unflatten(0, (-1, rotations.first.shape[1])), sizes)
     q, k = split_values(turn(turning, *rotations[:2], sizes.width), sizes)
     q, k, v = (each.unflatten(-1, (-1, sizes.width)).transpose(1, 2) for each in (q, k, v))
     if cache is not None:
         k, v = cache.update(k, v, own.layer_idx)
     attend = AttentionInterface()[own.config._attn_implementation]
     found, _ = attend(own, q, k, v, added, dropout=0.0, scaling=own.scaling)
-    x = x + output(found.flatten(-2))
-    gated = gate_up(llama.norm_of(layer.post_attention_layernorm, x))
-    return x + down(GATE.forward(*gated.chunk(2, dim=-1)))
+    x = output(found.reshape(len(x), -1)).add_(x)
+    gated = gate_up(_normed(layer.post_attention_layernorm, x))
+    return down(GATE.forward(*gated.chunk(2, dim=-1))).add_(x)
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    return RmsNorm(norm.variance_epsilon).forward(x, norm.weight)
 
 
 def _laid_out(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

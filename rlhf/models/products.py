@@ -51,7 +51,7 @@ class Plain:
         return [x]
 
     def backward(self, grad: Tensor, steps: list[Tensor], x: Tensor) -> list[Tensor | None]:
-        """The gradients of the inputs, from that of the output and what `again` gave."""
+        """The gradients of the inputs, from the output's, whose memory is used, and what `again` gave."""
         return [grad]
 
 
@@ -73,15 +73,16 @@ class RmsNorm:
             _epsilon(self.epsilon, exact, x.device), norm, norm, value=1 / x.shape[1]
         ).rsqrt_()
         unit = x * scale
-        return [unit.to(x.dtype) * weight.to(x.dtype), unit, scale]
+        return [(unit * weight.to(x.dtype)).to(x.dtype), unit, scale]
 
     def backward(self, grad: Tensor, steps: list[Tensor], x: Tensor, weight: Tensor) -> list[Tensor | None]:
         """The gradients of x, computed in float32, and of weight."""
         _, unit, scale = steps
-        inner = grad * weight.to(unit.dtype)
+        grad = grad.to(unit.dtype)
+        of_weight = (grad * unit).sum(0).to(weight.dtype) if weight.requires_grad else None
+        inner = grad.mul_(weight.to(unit.dtype))
         mean = torch.linalg.vecdot(inner, unit).div_(x.shape[1]).unsqueeze(1)
-        grad_x = torch.addcmul(inner, unit, mean, value=-1).mul_(scale).to(x.dtype)
-        return [grad_x, (grad * unit).sum(0).to(weight.dtype) if weight.requires_grad else None]
+        return [inner.addcmul_(unit, mean, value=-1).mul_(scale).to(x.dtype), of_weight]
 
 
 @functools.lru_cache(maxsize=16)
@@ -112,8 +113,8 @@ class Gate:
     ) -> list[Tensor | None]:
         """The gradients of gate and up, written to `out`."""
         of_gate, of_up = out or (torch.empty_like(gate), torch.empty_like(up))
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
         torch.mul(steps[1], grad, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=of_gate)
         return [of_gate, of_up]
 
 
