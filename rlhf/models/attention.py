@@ -27,7 +27,7 @@ MAX_KEYS = 512
 # Heads of less width than this make products of so few columns that their transposes are faster.
 NARROW = 32
 
-# Between these a query's sum of powers has all that its weights need.
+# Between these a query's sum of powers is exact: what was too small for float32 is below 1e-8 of it.
 SOUND_SUMS = (1e-30, 1e30)
 
 # Queries that are computed at a time where attention is causal: no product with keys that none of them sees.
@@ -210,7 +210,7 @@ class _TurnedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         heads, wanted, (q, k, v, *weights) = ctx.heads, ctx.wanted, ctx.saved_tensors
-        tables = [table * heads.scale for table in ctx.tables]  # cheaper than the gradients themselves
+        tables = [table * heads.scale for table in ctx.tables]  # few numbers beside those of many rows
         rows, length, of_wanted = len(q) // heads.num_keys, k.shape[2], None
         grad = _grouped(grad if wanted is None else wanted.spread(grad), heads)
         of_q, *others = _attend_back(grad, q, k, v, weights, ctx.blocks)
@@ -256,7 +256,7 @@ def _attend(
     """The attention (N, Q * G, D) of q to k and v (N, D, T), and each block's weights.
 
     Beside narrow products softmax takes long. Powers of two, without the largest taken out first, are faster
-    and serve wherever their sums show that none was too large or too small.
+    and serve where all their sums are sound.
     """
     if q.shape[2] < NARROW and q.dtype == torch.float32:
         sums = list[Tensor]()
@@ -265,6 +265,7 @@ def _attend(
         least, most = torch.aminmax(torch.cat(sums, dim=1))
         if float(least) > SOUND_SUMS[0] and float(most) < SOUND_SUMS[1]:
             return result, weights
+        del result, weights
     return _attend_by(functools.partial(torch.softmax, dim=-1), q, k, v, scale, blocks)
 
 

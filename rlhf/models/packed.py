@@ -26,7 +26,7 @@ from rlhf.models.lora import type_of_products
 from rlhf.models.products import GATE, Parts, RmsNorm, Whole
 from rlhf.pass_sizes import SMALL_MODEL
 
-# Positions are turned by tables of a multiple of as many.
+# Narrow models' rotations are looked up in a table, which holds a multiple of this many positions.
 POSITIONS = 256
 
 # Makes the function x (..., I) -> (..., O) of a weight (O, I) and a bias (O,).
@@ -91,14 +91,26 @@ def _forward_of(model: Any, prepare: Prepare) -> Callable[..., BaseModelOutputWi
         functools.partial(_step, layer=layer, products=_prepared(parts, prepare))
         for layer, parts in zip(model.layers, layers, strict=True)
     ]
-    like = model.embed_tokens.weight.new_empty(0, dtype=type_of_products(model.embed_tokens.weight))
+    kind, rotations_at = type_of_products(model.embed_tokens.weight), _rotations_at(model, pairs)
+    return functools.partial(_forward, model=model, steps=steps, kind=kind, rotations_at=rotations_at)
+
+
+def _rotations_at(model: Any, pairs: int) -> Callable[[Tensor, Tensor], llama.Rotations]:
+    """`llama.rotations_of` x at positions (B, L), from a table where that is small and stays right."""
+    if not pairs or model.rotary_emb.rope_type in ("dynamic", "longrope"):  # these depend on the longest row
+        return lambda x, positions: llama.rotations_of(model, x, positions, pairs)
 
     @functools.lru_cache(maxsize=1)
-    def turns(count: int) -> llama.Rotations:
-        positions = torch.arange(count, device=like.device).unsqueeze(0)
-        return llama.rotations_of(model, like, positions, pairs)
+    def table(count: int) -> llama.Rotations:
+        positions = torch.arange(count).unsqueeze(0)
+        return llama.rotations_of(model, model.embed_tokens.weight, positions, pairs)
 
-    return functools.partial(_forward, model=model, steps=steps, kind=like.dtype, turns=turns)
+    def look_up(_: Tensor, positions: Tensor) -> llama.Rotations:
+        count = int(positions.max()) + 1
+        found = table(count + -count % POSITIONS)
+        return found._replace(first=found.first[0, positions], second=found.second[0, positions])
+
+    return look_up
 
 
 def _forward(  # noqa: PLR0913 (transformers' signature of a model)
@@ -110,7 +122,7 @@ def _forward(  # noqa: PLR0913 (transformers' signature of a model)
     model: Any,
     steps: Sequence[Callable[..., Tensor]],
     kind: torch.dtype,
-    turns: Callable[[int], llama.Rotations],
+    rotations_at: Callable[[Tensor, Tensor], llama.Rotations],
     **_: Any,
 ) -> BaseModelOutputWithPast:
     """The last hidden states (B, L, H) of tokens (B, L) behind cached ones; the mask (B, T) is of all."""
@@ -118,13 +130,7 @@ def _forward(  # noqa: PLR0913 (transformers' signature of a model)
     x = model.embed_tokens(input_ids).to(kind)
     if position_ids is None:
         position_ids = torch.arange(before, before + length, device=x.device).unsqueeze(0)
-    count, added = int(position_ids.max()) + 1, None
-    if model.rotary_emb.rope_type not in ("dynamic", "longrope"):  # whose angles depend on the longest row
-        count += -count % POSITIONS
-    rotations = turns(count)
-    rotations = rotations._replace(
-        first=rotations.first[0, position_ids], second=rotations.second[0, position_ids]
-    )
+    rotations, added = rotations_at(x, position_ids), None
     if attention_mask is not None and not bool(attention_mask.all()):
         seen = attention_mask[:, None, None, :].bool().expand(-1, -1, length, -1).tril(before)
         added = x.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(kind).min)

@@ -51,7 +51,7 @@ class Plain:
         return [x]
 
     def backward(self, grad: Tensor, steps: list[Tensor], x: Tensor) -> list[Tensor | None]:
-        """The gradients of the inputs, from the output's, whose memory is used, and what `again` gave."""
+        """The gradients of the inputs, from the output's, which may be overwritten, and what `again` gave."""
         return [grad]
 
 
@@ -76,7 +76,7 @@ class RmsNorm:
         return [(unit * weight.to(x.dtype)).to(x.dtype), unit, scale]
 
     def backward(self, grad: Tensor, steps: list[Tensor], x: Tensor, weight: Tensor) -> list[Tensor | None]:
-        """The gradients of x, computed in float32, and of weight."""
+        """The gradients of x, computed in float32, and of weight; `grad` is overwritten."""
         _, unit, scale = steps
         grad = grad.to(unit.dtype)
         of_weight = (grad * unit).sum(0).to(weight.dtype) if weight.requires_grad else None
@@ -111,7 +111,7 @@ class Gate:
         *,
         out: Sequence[Tensor] | None = None,
     ) -> list[Tensor | None]:
-        """The gradients of gate and up, written to `out`."""
+        """The gradients of gate and up, written to `out`; `grad` is overwritten."""
         of_gate, of_up = out or (torch.empty_like(gate), torch.empty_like(up))
         torch.mul(steps[1], grad, out=of_up)
         torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=of_gate)
