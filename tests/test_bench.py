@@ -13,19 +13,29 @@ from stages.bench import run_part, table
 pytestmark = pytest.mark.slow
 
 
-def test_the_bench_runs_and_writes_its_tables(tmp_path: Path) -> None:
+SIZES = ["batch_size=4", "prompt_tokens=6", "response_tokens=4", "updates=2", "engine.device=cpu"]
+
+
+def bench(runs: Path, *words: str) -> Any:
+    """Run the bench in runs/x and read what it found."""
     from stages.bench import main
 
-    words = [
-        "model=tiny",
-        f"runs={tmp_path}",
-        "name=x",
-        "batch_size=4",
-        "prompt_tokens=6",
-        "response_tokens=4",
-    ]
-    main([*words, "updates=2", "adapters=[none,lora]", "engine.device=cpu", "zero_processes=2"])
-    found = json.loads((tmp_path / "x" / "bench" / "bench.json").read_text())
+    main(["model=tiny", f"runs={runs}", "name=x", *SIZES, *words])
+    return json.loads((runs / "x" / "bench" / "bench.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def found(runs: Path) -> Any:
+    """What one process finds."""
+    return bench(runs, "adapters=[none,lora]", "zero_processes=2")
+
+
+def test_the_bench_runs_and_writes_its_tables(runs: Path, found: Any) -> None:
     assert found["products"]["limit"] > 1e8 and min(found["sampler"].values()) > 0
     assert not found["ppo"]["none"]["one_trunk"] and found["ppo"]["lora"]["one_trunk"]
     for row in found["ppo"].values():
@@ -36,22 +46,16 @@ def test_the_bench_runs_and_writes_its_tables(tmp_path: Path) -> None:
         assert row["operations"] and 0 < sum(row["operations"].values()) < 1
     assert found["rollout"].keys() == {"zero2", "zero3"}
     assert all(0 < row["ready_in"] < row["seconds"] for row in found["rollout"].values())
-    report = (tmp_path / "x" / "bench" / "bench.md").read_text()
+    report = (runs / "x" / "bench" / "bench.md").read_text()
     assert "one base for four roles" in report and "Hugging Face generate" in report
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_updates_are_timed_with_several_processes(tmp_path: Path, engine: str) -> None:
-    from stages.bench import main
-
-    sizes = ["batch_size=4", "prompt_tokens=6", "response_tokens=4", "updates=2", "engine.device=cpu"]
-    peaks = []
-    for several in ([], [f"engine={engine}", "num_processes=2"]):
-        main(["model=tiny", f"runs={tmp_path}", "name=x", "adapters=[none]", *sizes, *several])
-        row = json.loads((tmp_path / "x" / "bench" / "bench.json").read_text())["ppo"]["none"]
-        assert row["episodes_per_s"] * sum(row["seconds"].values()) == pytest.approx(8)
-        peaks.append(row["peak_memory_gib"])
-    assert peaks[1] > 1.5 * peaks[0], "of both together"
+def test_updates_are_timed_with_several_processes(tmp_path: Path, found: Any, engine: str) -> None:
+    several = bench(tmp_path, "adapters=[none]", f"engine={engine}", "num_processes=2")
+    row = several["ppo"]["none"]
+    assert row["episodes_per_s"] * sum(row["seconds"].values()) == pytest.approx(8)
+    assert row["peak_memory_gib"] > 1.5 * found["ppo"]["none"]["peak_memory_gib"], "of both together"
 
 
 FIND = [

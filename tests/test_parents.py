@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -187,15 +188,18 @@ def test_a_model_without_its_tokenizer_is_named(run: Path, shared: Path, tmp_pat
     assert f"{foreign}: its tokenizer has token ids up to 511" in found and "do not belong together" in found
 
 
-def test_a_name_that_leads_nowhere_is_found_before_the_first_sample(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def _go_offline() -> None:
+    """As HF_HUB_OFFLINE=1 does, which is read when the library is imported."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def test_a_name_that_leads_nowhere_is_found_before_the_first_sample(run: Path) -> None:
     result = run_stage(
         "evaluate",
         f"runs={run.parent}",
         *SMALL["evaluate"],
         f"systems={{mine: '{run}/sft/model', theirs: nobody/nothing}}",
+        first=_go_offline,
     )
     assert "nobody/nothing: no model folder of that name is here" in result.error
     assert "response" not in result.output and not (run / "evaluate").exists()

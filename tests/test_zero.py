@@ -103,7 +103,6 @@ def test_every_kind_of_run_has_the_numbers_of_one_process(  # noqa: PLR0913 (fix
 @pytest.mark.parametrize(
     ("stage", "engine", "more"),
     [
-        ("sft", "zero2", []),
         ("ppo", "zero2", ["save_every=1"]),
         ("sft", "zero3", []),
         ("ppo", "zero3", ["save_every=1"]),
