@@ -7,9 +7,6 @@ rows, H heads, K key heads (each serves G = H / K query heads), Q queries, T key
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +16,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.models.attention_blocks import attend, attend_back, causal_blocks
+
 NAME = "rlhf_plain"
 
 # With more keys than this the squares of plain attention cost more than the fused kernel.
 MAX_KEYS = 512
-
-# Heads of less width than this make products of so few columns that their transposes are faster.
-NARROW = 32
-
-# Between these a query's sum of powers is exact: what was too small for float32 is below 1e-8 of it.
-SOUND_SUMS = (1e-30, 1e30)
-
-# Queries that are computed at a time where attention is causal: no product with keys that none of them sees.
-BLOCK = 32
-BLOCK_NARROW = 16
 
 
 def plain_attention(  # noqa: PLR0913 (transformers' signature of an attention function)
@@ -92,9 +81,9 @@ class _Causal(torch.autograd.Function):
     def forward(  # noqa: PLR0913 (the tensors of the equation)
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, group: int
     ) -> Tensor:
-        blocks = _causal_blocks(q.shape[1] // group, k.shape[1], group, q)
+        blocks = causal_blocks(q.shape[1] // group, k.shape[1], group, q)
         k, v = (each.mT.contiguous() for each in (k, v))
-        result, weights = _attend(q, k, v, scale, blocks)
+        result, weights = attend(q, k, v, scale, blocks)
         ctx.save_for_backward(q, k, v, *weights)
         ctx.scale, ctx.blocks = scale, [block[:2] for block in blocks]
         return result
@@ -103,7 +92,7 @@ class _Causal(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, *weights = ctx.saved_tensors
-        grad_q, grad_k, grad_v = _attend_back(grad, q, k, v, weights, ctx.blocks)
+        grad_q, grad_k, grad_v = attend_back(grad, q, k, v, weights, ctx.blocks)
         grad_k = grad_k.mul_(ctx.scale).mT.to(grad_q.dtype)
         return grad_q.mul_(ctx.scale), grad_k, grad_v.mT.to(grad_q.dtype), None, None
 
@@ -196,11 +185,11 @@ class _TurnedAttention(torch.autograd.Function):
             for each in (k, v)
         )
         if wanted is None:
-            blocks = _causal_blocks(count, length, group, q)
+            blocks = causal_blocks(count, length, group, q)
         else:
             sizes = (rows, heads.num_keys, group, count, length)
             blocks = [(q.shape[1], length, _additive(wanted.mask, q, sizes))]
-        result, weights = _attend(q, k, v, heads.scale, blocks)
+        result, weights = attend(q, k, v, heads.scale, blocks)
         ctx.save_for_backward(q, k, v, *weights)
         ctx.tables, ctx.heads, ctx.wanted, ctx.blocks = tables, heads, wanted, [block[:2] for block in blocks]
         result = result.view(rows, heads.num_keys, count, -1).transpose(1, 2).reshape(rows, count, -1)
@@ -213,7 +202,7 @@ class _TurnedAttention(torch.autograd.Function):
         tables = [table * heads.scale for table in ctx.tables]  # few numbers beside those of many rows
         rows, length, of_wanted = len(q) // heads.num_keys, k.shape[2], None
         grad = _grouped(grad if wanted is None else wanted.spread(grad), heads)
-        of_q, *others = _attend_back(grad, q, k, v, weights, ctx.blocks)
+        of_q, *others = attend_back(grad, q, k, v, weights, ctx.blocks)
         of_q = of_q.view(rows, heads.num_keys, -1, heads.num_queries // heads.num_keys * heads.width)
         of_q = of_q.transpose(1, 2)  # (B, Q, K, G D)
         of_k, of_v = (
@@ -245,103 +234,6 @@ def _grouped(q: Tensor, heads: Heads) -> Tensor:
     """Queries (B, Q, H D) as (B K, Q G, D): those of one key head stand together."""
     q = q.view(*q.shape[:2], heads.num_keys, -1).transpose(1, 2)
     return q.reshape(len(q) * heads.num_keys, -1, heads.width)
-
-
-Block = tuple[int, int, Tensor]  # rows, how many keys they see, and what is added to their products
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Sequence[Block]
-) -> tuple[Tensor, list[Tensor]]:
-    """The attention (N, Q * G, D) of q to k and v (N, D, T), and each block's weights.
-
-    Beside narrow products softmax takes long. Powers of two, without the largest taken out first, are faster
-    and serve where all their sums are sound.
-    """
-    if q.shape[2] < NARROW and q.dtype == torch.float32:
-        sums = list[Tensor]()
-        shares = functools.partial(_powers, sums=sums)
-        result, weights = _attend_by(shares, q, k, v, scale / math.log(2), blocks)
-        least, most = torch.aminmax(torch.cat(sums, dim=1))
-        if float(least) > SOUND_SUMS[0] and float(most) < SOUND_SUMS[1]:
-            return result, weights
-        del result, weights
-    return _attend_by(functools.partial(torch.softmax, dim=-1), q, k, v, scale, blocks)
-
-
-def _powers(products: Tensor, sums: list[Tensor]) -> Tensor:
-    """Powers of two as shares of their sum, which is added to `sums`; in the memory of the products."""
-    powers = products.exp2_()
-    sums.append(powers.sum(-1, keepdim=True))
-    return powers.mul_(sums[-1].reciprocal())
-
-
-def _attend_by(  # noqa: PLR0913 (the tensors of the equation)
-    shares: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: Sequence[Block]
-) -> tuple[Tensor, list[Tensor]]:
-    results, weights = list[Tensor](), list[Tensor]()
-    for (_, keys, added), own_q in zip(blocks, _split(q, blocks), strict=True):
-        weights.append(shares(torch.baddbmm(added, own_q, k.narrow(-1, 0, keys), alpha=scale)))
-        results.append(_product(weights[-1], v.narrow(-1, 0, keys)))
-    return torch.cat(results, dim=1), weights
-
-
-def _attend_back(  # noqa: PLR0913 (the tensors of the equation)
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Sequence[Tensor],
-    blocks: Sequence[tuple[int, int]],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q (N, Q * G, D), k and v (N, D, T), these in float32 at least; those of q and k are
-    still to be scaled. The last block sees all keys.
-    """
-    of_q, sums = list[Tensor](), list[Tensor]()  # of k and v
-    exact = torch.promote_types(q.dtype, torch.float32)
-    parts = zip(blocks, _split(q, blocks), _split(grad, blocks), weights, strict=True)
-    for (_, keys), own_q, own, weight in reversed(list(parts)):
-        products = torch.bmm(own, v.narrow(-1, 0, keys))
-        torch._softmax_backward_data(products, weight, -1, weight.dtype, grad_input=products)
-        of_q.append(_product(products, k.narrow(-1, 0, keys)))
-        of_k, of_v = torch.bmm(own_q.mT, products), torch.bmm(own.mT, weight)
-        if sums:
-            sums[0].narrow(-1, 0, keys).add_(of_k)
-            sums[1].narrow(-1, 0, keys).add_(of_v)
-        else:
-            sums = [of_k.to(exact), of_v.to(exact)]
-    return torch.cat(of_q[::-1], dim=1), sums[0], sums[1]
-
-
-def _split(x: Tensor, blocks: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The rows (N, rows, D) of each block."""
-    return x.split_with_sizes([block[0] for block in blocks], dim=1)
-
-
-def _causal_blocks(queries: int, keys: int, group: int, like: Tensor) -> list[Block]:
-    """Blocks of q (N, Q * G, D)."""
-    size = BLOCK if like.shape[2] >= NARROW else BLOCK_NARROW
-    stops = [min(start + size, queries) for start in range(0, queries, size)]
-    blocks = []
-    for start, stop in zip([0, *stops], stops, strict=False):
-        seen = keys - queries + stop
-        added = _future(stop - start, seen, group, like.dtype, like.device)
-        blocks.append(((stop - start) * group, seen, added))
-    return blocks
-
-
-@functools.lru_cache(maxsize=256)
-def _future(queries: int, keys: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to a block's products (queries * group, T): minus infinity where the key is ahead."""
-    ahead = torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
-    return torch.zeros_like(ahead, dtype=dtype).masked_fill_(ahead, -torch.inf).repeat_interleave(group, 0)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (N, M, T) times b (N, D, T) transposed."""
-    if b.shape[1] >= NARROW:
-        return torch.bmm(a, b.mT)
-    return torch.bmm(b, a.mT).mT
 
 
 def _additive(mask: Tensor | None, like: Tensor, sizes: tuple[int, int, int, int, int]) -> Tensor:
